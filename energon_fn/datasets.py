@@ -1,0 +1,357 @@
+"""From a path and a task encoder to a dataset: plan, load and stages put together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from inspect import isgeneratorfunction
+from typing import Any, Generic, TypeVar
+
+from toolz import pipe
+
+from energon_fn import plan, seeds, stages
+from energon_fn.collate import collate
+from energon_fn.decoding import decoder as make_decoder
+from energon_fn.errors import DatasetError
+from energon_fn.guard import guarded
+from energon_fn.lanes import WorkerConfig, default_worker_config
+from energon_fn.samples import CrudeSample
+from energon_fn.source import Source, open_source
+from energon_fn.streams import State, Stream, holding, resumable
+from energon_fn.task_encoder import METHODS, DefaultTaskEncoder, TaskEncoder, marks_of, method_of
+
+T = TypeVar("T")
+DEFAULT_DECODER: Any = object()  # the task encoder's, or by image_decode; None means none
+Path = str | os.PathLike[str]
+Decoder = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Dataset(Generic[T]):
+    """What :func:`get_train_dataset` and its kind give: a source, a plan and a task encoder.
+
+    It is plain data and pickles; nothing is read before it is iterated by
+    :func:`~energon_fn.get_loader`.
+    """
+
+    source: Source
+    plan: plan.Plan
+    task_encoder: TaskEncoder[Any, Any, Any, T]
+    worker_config: WorkerConfig
+    decoder: Decoder | None
+    batch_size: int | None
+    batch_drop_last: bool
+    packing_buffer_size: int | None
+    length: int | None
+    """Batches that one iteration over this rank's lanes gives at most; None: no limit."""
+    virtual: bool
+    """The next iteration goes on where the last one ended (a virtual epoch)."""
+
+    def stream(self, lane: int, epoch: int = 0) -> Stream[T]:
+        """The stream of one lane: ``state -> Iterator[(batch, state after it)]``.
+
+        epoch: where the plan begins if the state is None.
+        """
+
+        def keys(state: State) -> Iterator[tuple[plan.Key, State]]:
+            return plan.keys(self.plan, lane, state or (epoch, 0))
+
+        lifted: Stream[T] = pipe(keys, *lifts(self))
+        return lifted
+
+    def __len__(self) -> int:
+        """Batches of one iteration on this rank, if no function skips or multiplies samples."""
+        known = None if self.plan.repeat else self._count()
+        counts = [count for count in (self.length, known) if count is not None]
+        if not counts:
+            raise TypeError(
+                "the number of batches is not known: the dataset repeats for ever, or it packs, "
+                "groups or multiplies samples. virtual_epoch_length sets it in training."
+            )
+        return min(counts)
+
+    def _count(self) -> int | None:
+        names = ("preencode_sample", "encode_sample", "postencode_sample", "batch", "encode_batch")
+        methods = [method_of(self.task_encoder, name) for name in names]
+        if (
+            self.packing_buffer_size
+            or method_of(self.task_encoder, "batch_group_criterion")
+            or any(isgeneratorfunction(method) for method in methods)
+        ):
+            return None
+        rounded = 0 if self.batch_drop_last else (self.batch_size or 1) - 1
+        sizes = (plan.lane_size(self.plan, 0, lane) for lane in self.worker_config.rank_lanes)
+        return sum((size + rounded) // (self.batch_size or 1) for size in sizes)
+
+
+Lift = Callable[[Stream[Any]], Stream[Any]]
+
+
+def lifts(dataset: Dataset[Any]) -> list[Lift]:
+    """The dataset's stages from keys to batches, each lifted to work on streams.
+
+    This is the table that maps the task encoder's methods to stages.
+    """
+    encoder, config = dataset.task_encoder, dataset.worker_config
+    # An endless dataset of which nothing comes out would hang for ever.
+    longest = (dataset.batch_size or 0) + (dataset.packing_buffer_size or 0)
+    patience = 2 * len(dataset.plan) + longest + 1000 if dataset.plan.repeat else None
+
+    def lift(*chain: Callable[[Any], Iterable[Any]]) -> Lift:
+        return partial(resumable, lambda items: pipe(items, *chain), patience=patience)
+
+    def guard(fn: Callable[..., Any], name: str, seed: int | None = None) -> Callable[..., Any]:
+        _, tolerance = marks_of(encoder, name)
+        return guarded(
+            fn,
+            name,
+            seed=seed,
+            handler=config.global_error_handler,
+            tolerance=tolerance or config.failure_tolerance,
+        )
+
+    def own(name: str) -> Any:
+        """The user's method, guarded and seeded, or None where it is the default."""
+        method, (draws, _) = method_of(encoder, name), marks_of(encoder, name)
+        return method and guard(method, name, config.seed_offset if draws else None)
+
+    def each(*names: str) -> list[Any]:
+        return [stages.encode_sample(fn) for name in names if (fn := own(name)) is not None]
+
+    def cooked(cooker: stages.Cooker) -> stages.Cooker:
+        method = method_of(encoder, "cook_crude_sample")
+        cook = partial(method, cooker=cooker, aux={}) if method else cooker.cook
+        return stages.Cooker(guard(cook, "cook", config.seed_offset), cooker.has_subflavors)
+
+    cookers = [cooked(cooker) for cooker in getattr(encoder, "cookers", ())]
+    lifted = [
+        lift(
+            partial(load, dataset.source),
+            stages.encode_sample(guard(partial(decoded, dataset), "decode")),
+            *([stages.cook(cookers)] if cookers else []),
+            *each("preencode_sample", "encode_sample"),
+        )
+    ]
+    if dataset.packing_buffer_size is not None:
+        pack = stages.pack(
+            own("select_samples_to_pack"),
+            own("pack_selected_samples"),
+            buffer_size=dataset.packing_buffer_size,
+            postencode=own("postencode_sample"),
+        )
+        lifted.append(lift(pack))
+    elif (post := own("postencode_sample")) is not None:
+        lifted.append(lift(stages.encode_sample(post)))
+
+    make = own("batch") or guard(collate, "batch")
+    if (criterion := own("batch_group_criterion")) is not None:
+        group = stages.group(_key_of, dataset.batch_size, drop_last=dataset.batch_drop_last)
+        lifted += [
+            lift(stages.encode_sample(partial(_keyed, criterion))),
+            partial(holding, group),
+            lift(stages.encode_sample(partial(_of_group, make)), *each("encode_batch")),
+        ]
+    elif dataset.batch_size is not None:
+        batch = stages.batch(dataset.batch_size, make, drop_last=dataset.batch_drop_last)
+        lifted.append(lift(batch, *each("encode_batch")))
+    return lifted
+
+
+def load(source: Source, keys: Iterable[plan.Key]) -> Iterator[dict[str, Any]]:
+    """The raw samples of the keys. Their restore key is their key in the plan."""
+    for key in keys:
+        seeds.at(key)
+        raw = source.load(key[1])
+        raw["__restore_key__"] = key
+        yield raw
+
+
+def decoded(dataset: Dataset[Any], raw: dict[str, Any]) -> Any:
+    """The sample of the dataset's type, or the crude sample, of a raw one."""
+    parts = raw if dataset.decoder is None else dataset.decoder(raw)
+    return (
+        CrudeSample(parts)
+        if dataset.source.sample_type is None
+        else dataset.source.to_sample(parts)
+    )
+
+
+# A group's members travel with their key and size, so that grouping them again asks no user.
+def _keyed(criterion: Callable[[T], tuple[Any, Any]], sample: T) -> tuple[Any, Any, T]:
+    return (*criterion(sample), sample)
+
+
+def _key_of(keyed: tuple[Any, Any, Any]) -> tuple[Any, Any]:
+    return keyed[:2]
+
+
+def _of_group(make: Callable[[list[Any]], T], group: list[tuple[Any, Any, Any]]) -> T:
+    return make([sample for _, _, sample in group])
+
+
+def get_train_dataset(
+    path: Path,
+    *,
+    batch_size: int | None,
+    shuffle_buffer_size: int | None = None,
+    max_samples_per_sequence: int | None = None,
+    virtual_epoch_length: int = 0,
+    repeat: bool = True,
+    split_part: str = "train",
+    **options: Any,
+) -> Dataset[Any]:
+    """The dataset for training: shuffled, and without an end unless ``repeat=False``.
+
+    path: a prepared folder; or a folder, a file, or a brace or glob pattern of tars.
+    batch_size: samples of a batch; None: no batching (``batch``, ``encode_batch`` are not called).
+    shuffle_buffer_size: mix over so many neighbouring samples; None: only sequences are shuffled.
+    max_samples_per_sequence: cut shards to sequences of so many samples; None: whole shards.
+    virtual_epoch_length: batches of one iteration on each rank; 0: no end, or the dataset's.
+    The other options are those of :func:`get_dataset`.
+    """
+    if virtual_epoch_length < 0:
+        raise ValueError(
+            f"virtual_epoch_length is {virtual_epoch_length}; it must be 0 (off) or more"
+        )
+    return get_dataset(
+        path,
+        split_part=split_part,
+        batch_size=batch_size,
+        shuffle=True,
+        shuffle_buffer_size=shuffle_buffer_size,
+        max_samples_per_sequence=max_samples_per_sequence,
+        repeat=repeat,
+        length=virtual_epoch_length or None,
+        virtual=bool(virtual_epoch_length),
+        **options,
+    )
+
+
+def get_val_dataset(
+    path: Path,
+    *,
+    batch_size: int | None,
+    limit: int | None = None,
+    split_part: str = "val",
+    **options: Any,
+) -> Dataset[Any]:
+    """The dataset for validation: in the dataset's order, every sample once.
+
+    limit: batches of one iteration on each rank at most; None: all.
+    The other options are those of :func:`get_dataset`.
+    """
+    return get_dataset(path, split_part=split_part, batch_size=batch_size, length=limit, **options)
+
+
+def get_val_datasets(path: Path, **options: Any) -> list[tuple[Dataset[Any], Source]]:
+    """:func:`get_val_dataset` for each of the datasets at ``path``, with the source it reads."""
+    dataset = get_val_dataset(path, **options)
+    return [(dataset, dataset.source)]
+
+
+def get_dataset(
+    path: Path,
+    *,
+    batch_size: int | None,
+    split_part: str = "train",
+    shuffle: bool = False,
+    shuffle_buffer_size: int | None = None,
+    max_samples_per_sequence: int | None = None,
+    repeat: bool = False,
+    length: int | None = None,
+    virtual: bool = False,
+    batch_drop_last: bool = False,
+    packing_buffer_size: int | None = None,
+    task_encoder: TaskEncoder[Any, Any, Any, Any] | None = None,
+    worker_config: WorkerConfig | None = None,
+    image_decode: str = "torchrgb",
+    auto_decode: bool = True,
+    decoder: Decoder | None = DEFAULT_DECODER,
+    dataset_config: str = "dataset.yaml",
+    split_config: str = "split.yaml",
+    trust_dataset_code: bool = False,
+) -> Dataset[Any]:
+    """The dataset at ``path`` through ``task_encoder``; see the two functions above for the rest.
+
+    batch_drop_last: drop the short batches at the end instead of delivering them.
+    packing_buffer_size: samples that ``select_samples_to_pack`` selects from; None: no packing.
+    task_encoder: None: the defaults of :class:`~energon_fn.DefaultTaskEncoder`.
+    worker_config: None: :meth:`WorkerConfig.default_worker_config`.
+    image_decode: how images come out, one of webdataset's names; ``auto_decode=False`` or
+    ``decoder=None`` give all parts as bytes; another decoder is called with raw samples.
+    dataset_config, split_config: the files in ``.nv-meta``.
+    trust_dataset_code: run the code that the dataset's configuration names.
+
+    Raises :class:`~energon_fn.DatasetError` for what is wrong with the dataset and ``ValueError``
+    or ``TypeError`` for what is wrong with the arguments.
+    """
+    sizes = {
+        "batch_size": batch_size,
+        "shuffle_buffer_size": shuffle_buffer_size,
+        "max_samples_per_sequence": max_samples_per_sequence,
+        "packing_buffer_size": packing_buffer_size,
+        "limit": length,
+    }
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}; it must be 1 or more, or None to switch it off")
+    encoder = DefaultTaskEncoder[Any, Any, Any, Any]() if task_encoder is None else task_encoder
+    check_task_encoder(encoder, packing_buffer_size)
+    config = default_worker_config() if worker_config is None else worker_config
+    source = open_source(
+        path,
+        split_part,
+        dataset_config=dataset_config,
+        split_config=split_config,
+        trust_dataset_code=trust_dataset_code,
+    )
+    if repeat and not len(source):
+        raise DatasetError(
+            f"{path}: the split part {split_part!r} has no samples, so repeating it never gives "
+            "one. Prepare the dataset with another split, or ask for another split_part."
+        )
+    if decoder is DEFAULT_DECODER:
+        own = getattr(encoder, "decoder", None)
+        decoder = own or (make_decoder(image_decode) if auto_decode else None)
+    return Dataset(
+        source=source,
+        plan=plan.Plan(
+            runs=tuple(segment.stop - segment.start for segment in source.segments),
+            lanes=config.lane_count,
+            seed=config.seed_offset,
+            shuffle=shuffle,
+            repeat=repeat,
+            sequence=max_samples_per_sequence,
+            window=shuffle_buffer_size,
+            block=packing_buffer_size or batch_size or 1,
+        ),
+        task_encoder=encoder,
+        worker_config=config,
+        decoder=decoder,
+        batch_size=batch_size,
+        batch_drop_last=batch_drop_last,
+        packing_buffer_size=packing_buffer_size,
+        length=length,
+        virtual=virtual,
+    )
+
+
+def check_task_encoder(encoder: Any, packing_buffer_size: int | None) -> None:
+    """Raise for methods that are missing, or that exclude each other."""
+    name = type(encoder).__name__
+    has = {method for method in METHODS if method_of(encoder, method) is not None}
+    if "select_samples_to_pack" in has and "pack_selected_samples" not in has:
+        raise TypeError(f"{name} has select_samples_to_pack but no pack_selected_samples: write it")
+    if packing_buffer_size is not None and "select_samples_to_pack" not in has:
+        raise TypeError(
+            f"packing_buffer_size is {packing_buffer_size} but {name} has no "
+            "select_samples_to_pack: write it and pack_selected_samples, or leave "
+            "packing_buffer_size out"
+        )
+    if "encode_sample" in has and has & {"preencode_sample", "postencode_sample"}:
+        raise TypeError(
+            f"{name} has encode_sample and also preencode_sample or postencode_sample, which are "
+            "its two halves: write either the one or the others"
+        )

@@ -1,0 +1,89 @@
+"""What can go wrong with data, and who decides what happens then.
+
+Three kinds of exception, told apart by what should follow:
+
+* :class:`SkipSample` - the user asks to drop this sample, group or batch. Not a failure.
+* any other exception in a user's function or a decoder - goes to an *error handler*, which logs
+  it (the default), raises it, or does what the user wants. The sample is dropped.
+* :class:`FatalSampleError` and :class:`DatasetError` - the run cannot go on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+logger = logging.getLogger("energon_fn")
+
+ErrorHandler = Callable[[Exception, Any, "tuple[Any, ...] | None"], None]
+"""``handler(exception, sample_or_samples, sources)``: return to drop the sample, raise to stop."""
+
+PROGRAMMING_ERRORS = (
+    ImportError,
+    MemoryError,
+    NameError,
+    NotImplementedError,
+    RecursionError,
+    SyntaxError,
+    SystemError,
+)
+"""Errors that no other sample will cure: they are raised at once instead of being handled."""
+
+
+class SkipSample(BaseException):
+    """Raise it in any user function to drop the sample, group or batch at hand.
+
+    It derives from ``BaseException`` so that an ``except Exception`` in the user's own code does
+    not swallow it.
+
+    >>> from energon_fn import encode_sample
+    >>> def only_even(n):
+    ...     if n % 2:
+    ...         raise SkipSample
+    ...     return n
+    >>> list(encode_sample(only_even, range(6)))
+    [0, 2, 4]
+    """
+
+
+IgnoreSample = SkipSample
+"""The documented name of :class:`SkipSample`."""
+
+
+class DatasetError(Exception):
+    """The dataset or its metadata is wrong. The message names the thing and the remedy."""
+
+
+class SampleError(Exception):
+    """One sample cannot be read or decoded. The message names shard, key and part."""
+
+
+class FatalSampleError(Exception):
+    """Too many samples in a row failed: the fault is not in single samples."""
+
+
+def log_exception(
+    exception: Exception, sample: Any = None, sources: tuple[Any, ...] | None = None
+) -> None:
+    """Log the exception with its traceback and go on with the next sample (the default handler).
+
+    >>> log_exception(ValueError("bad pixel"))  # goes to the logger "energon_fn"
+    """
+    notes = " ".join(getattr(exception, "__notes__", ()))
+    logger.error(
+        "sample dropped: %s: %s %s", type(exception).__name__, exception, notes, exc_info=exception
+    )
+
+
+def reraise_exception(
+    exception: Exception, sample: Any = None, sources: tuple[Any, ...] | None = None
+) -> None:
+    """Raise the exception: one bad sample ends the run.
+
+    >>> reraise_exception(ValueError("bad pixel"))
+    Traceback (most recent call last):
+        ...
+    ValueError: bad pixel
+    """
+    raise exception

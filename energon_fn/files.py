@@ -1,0 +1,396 @@
+"""The one seam of file access: everything that the library reads or writes goes through here.
+
+Shards are read with :func:`read_at`, at an offset and never by walking. A compressed shard
+(``.tar.gz``, ``.tgz``) has no offsets of its own, so it is decompressed once per process and all
+offsets refer to the decompressed stream.
+
+An object store would be added by teaching these functions its paths; nothing else opens a file.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import os
+import shutil
+import stat
+import tempfile
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from .errors import DatasetError
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+GZIP_SUFFIXES = (".tar.gz", ".tgz")
+
+MAX_OPEN = 64
+"""Shards that one process keeps open, whatever their number."""
+
+MAX_UNPACKED = 512
+"""Decompressed shards that one process keeps: more than others, as one takes long to make."""
+
+_BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
+
+
+def is_tar(name: str | os.PathLike[str]) -> bool:
+    """Whether the name is a shard's: ``.tar``, ``.tar.gz`` or ``.tgz``.
+
+    >>> is_tar("0001.tar"), is_tar("0001.tar.idx")
+    (True, False)
+    """
+    return os.fspath(name).endswith(TAR_SUFFIXES)
+
+
+def size_mtime(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Size in bytes and time of last change in nanoseconds: what an index is invalidated by.
+
+    >>> size_mtime(__file__)[0] == len(read_bytes(__file__))
+    True
+    """
+    with _explained(path):
+        found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """The whole file as it is on disk.
+
+    >>> read_bytes("/no/such/file")
+    Traceback (most recent call last):
+        ...
+    energon_fn.errors.DatasetError: /no/such/file does not exist: check the path, ...
+    """
+    with _explained(path), open(path, "rb") as file:
+        return file.read()
+
+
+def read_at(path: str | os.PathLike[str], offset: int, size: int) -> bytes:
+    """Exactly ``size`` bytes of a shard from ``offset`` on (of its decompressed stream).
+
+    May be called from any thread, and after a fork: there is no shared file position.
+
+    >>> read_at(__file__, 3, 7)
+    b'The one'
+    >>> read_at(__file__, 10**9, 1)
+    Traceback (most recent call last):
+        ...
+    energon_fn.errors.DatasetError: ...files.py ends before byte 1000000001 ...
+    """
+    path = os.fspath(path)
+    data = _shard(path).pread(path, offset, size)
+    if len(data) < size:
+        raise DatasetError(
+            f"{path} ends before byte {offset + size} (wanted {size} bytes at {offset}): it was "
+            "cut short or changed since it was indexed. Restore the file, or index the dataset "
+            "again (`energon-fn prepare`)."
+        )
+    return data
+
+
+def stream_size(path: str | os.PathLike[str]) -> int:
+    """Length in bytes of what :func:`read_at` reads: of the decompressed stream, or of the file.
+
+    Asking also notices that the file was replaced since it was opened, so ask before trusting
+    what :func:`read_at` gives after a change.
+
+    >>> stream_size(__file__) == size_mtime(__file__)[0]
+    True
+    """
+    path = os.fspath(path)
+    with _explained(path):
+        identity = _identity(os.stat(path))
+    if _shard(path).identity != identity:
+        with _lock:
+            _open_shards.pop(path, None)
+    return _shard(path).size
+
+
+def list_tars(folder: str | os.PathLike[str]) -> list[str]:
+    """Names of all shards below the folder, relative to it with ``/``, sorted folder by folder.
+
+    Linked folders are followed; hidden folders and files are left out.
+
+    >>> import tempfile, pathlib
+    >>> with tempfile.TemporaryDirectory() as d:
+    ...     (pathlib.Path(d) / "b").mkdir()
+    ...     for name in ("b/1.tar", "a.tgz", "a.txt"):
+    ...         (pathlib.Path(d) / name).touch()
+    ...     list_tars(d)
+    ['a.tgz', 'b/1.tar']
+    """
+    root = Path(folder)
+    found: list[str] = []
+    seen: set[str] = set()  # a link to a folder above itself must not be followed forever
+    with _explained(folder):
+        for where, folders, names in os.walk(root, onerror=_raise, followlinks=True):
+            real = os.path.realpath(where)
+            folders[:] = [] if real in seen else [f for f in folders if not f.startswith(".")]
+            if real not in seen:
+                found += [Path(where, n).relative_to(root).as_posix() for n in names
+                          if is_tar(n) and not n.startswith(".")]
+            seen.add(real)
+    return sorted(found, key=_by_folder)
+
+
+def expand(pattern: str | os.PathLike[str]) -> list[str]:
+    """The shards that a brace or glob pattern names: braces as written, globs sorted.
+
+    Raises :class:`DatasetError` if a named shard does not exist or a glob finds none.
+
+    >>> import tempfile, pathlib
+    >>> with tempfile.TemporaryDirectory() as d:
+    ...     for name in ("a.tar", "b.tar", "c0.tar", "c1.tar"):
+    ...         (pathlib.Path(d) / name).touch()
+    ...     [os.path.basename(p) for p in expand(d + "/{b,a,c*}.tar")]
+    ['b.tar', 'a.tar', 'c0.tar', 'c1.tar']
+    """
+    pattern = os.fspath(pattern)
+    # A file may have a name that merely looks like a pattern.
+    names = [pattern] if os.path.exists(pattern) else expand_braces(pattern)
+    found: dict[str, None] = {}
+    for name in names:
+        if os.path.exists(name) or not glob.has_magic(name):
+            matches = [name]
+        else:
+            matches = sorted(filter(is_tar, glob.glob(name, recursive=True)), key=_by_folder)
+        if not matches or not os.path.exists(matches[0]):
+            origin = f" (from {pattern!r})" if name != pattern else ""
+            raise DatasetError(
+                f"no shard matches {name!r}{origin}: check the path, or mount what it is on."
+            )
+        if not is_tar(matches[0]):
+            raise DatasetError(f"{name} is not a shard: those end in {', '.join(TAR_SUFFIXES)}.")
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """What a brace pattern stands for, in the order written.
+
+    >>> expand_braces("shard_{008..010}.{a,b}.tar")[:3]
+    ['shard_008.a.tar', 'shard_008.b.tar', 'shard_009.a.tar']
+    """
+    if "{" not in pattern:
+        return [pattern]
+    from braceexpand import braceexpand
+
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:
+        raise DatasetError(f"braces do not match in {pattern!r}: {error}") from error
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write the whole file or nothing: to a temporary name, flushed to disk, then renamed.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as d:
+    ...     write_atomic(d + "/a", b"1")
+    ...     read_bytes(d + "/a"), os.listdir(d)
+    (b'1', ['a'])
+    """
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
+    """A temporary name beside ``path``: renamed to it when the block ends well, else removed.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as d:
+    ...     with replacing(d + "/a") as temporary:
+    ...         _ = Path(temporary).write_text("text")
+    ...     os.listdir(d)
+    ['a']
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    with _explained(path):
+        temporary = os.path.join(folder, f".{name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+        try:
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+
+
+def cache_folder() -> Path:
+    """The user's cache folder, existing and writable; a temporary one if none can be had.
+
+    ``$ENERGON_FN_CACHE``, else ``$XDG_CACHE_HOME/energon_fn``, else ``~/.cache/energon_fn``.
+
+    >>> cache_folder().is_dir()
+    True
+    """
+    named = os.environ.get("ENERGON_FN_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(named or os.path.join(base, "energon_fn"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    except OSError:
+        pass
+    return _temporary_cache()
+
+
+@contextmanager
+def open_stream(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A shard opened for reading once from its beginning, decompressed on the way.
+
+    >>> with open_stream(__file__) as file:
+    ...     file.read(10)
+    b'\"""The one'
+    """
+    with _explained(path), open(path, "rb") as file:
+        if not _is_packed(os.fspath(path)):
+            yield file
+        else:
+            with gzip.GzipFile(fileobj=file) as stream:
+                yield stream  # type: ignore[misc]  # GzipFile is a binary file in all but name
+
+
+class _Shard:
+    """An open shard, closed when the last reference goes: a reader may still hold what was evicted.
+
+    ``fd`` is the file, or an anonymous temporary one with the decompressed stream.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.fd = -1
+        with _explained(path), open(path, "rb", buffering=0) as file:
+            found = os.fstat(file.fileno())
+            self.identity = _identity(found)
+            self.size = found.st_size
+            if not _is_packed(path):
+                self.fd = os.dup(file.fileno())
+                return
+            _make_room(8 * self.size)
+            try:
+                with tempfile.TemporaryFile(prefix="energon_fn_") as target:
+                    with gzip.GzipFile(fileobj=file) as stream:
+                        shutil.copyfileobj(stream, target, 2**20)
+                    target.flush()
+                    self.size = target.tell()
+                    self.fd = os.dup(target.fileno())
+            except _BROKEN_GZIP:
+                raise
+            except OSError as error:
+                raise DatasetError(
+                    f"{path} cannot be decompressed into {tempfile.gettempdir()}: {error}. Set "
+                    "TMPDIR to a folder with room, or decompress the shards once with `gunzip`."
+                ) from error
+
+    def pread(self, path: str, offset: int, size: int) -> bytes:
+        try:
+            data = os.pread(self.fd, size, offset)
+            if len(data) == size or not data:
+                return data
+            pieces = [data]  # the system gives at most 2 GiB at once, a network may give less
+            done = len(data)
+            while done < size and (data := os.pread(self.fd, size - done, offset + done)):
+                pieces.append(data)
+                done += len(data)
+            return b"".join(pieces)
+        except OSError as error:
+            raise DatasetError(
+                f"{path} cannot be read ({size} bytes at {offset}): {error}. Check the disk or the "
+                "network mount that it is on."
+            ) from error
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+_open_shards: dict[str, _Shard] = {}
+_lock = threading.Lock()
+
+
+# A fork waits for it. The descriptors stay good in the child: reading moves no position.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+    )
+
+
+def _shard(path: str) -> _Shard:
+    # No lock when it is there: looking into a dict is atomic. So the oldest opened goes first, not
+    # the least recently used.
+    shard = _open_shards.get(path)
+    if shard is None:
+        with _lock:
+            shard = _open_shards.get(path)
+            if shard is None:
+                shard = _Shard(path)
+                packed = _is_packed(path)
+                like = [name for name in _open_shards if _is_packed(name) == packed]
+                if len(like) >= (MAX_UNPACKED if packed else MAX_OPEN):
+                    del _open_shards[like[0]]
+                _open_shards[path] = shard
+    return shard
+
+
+def _is_packed(path: str) -> bool:
+    return path.endswith(GZIP_SUFFIXES)
+
+
+def _make_room(size: int) -> None:
+    """Let go of decompressed shards while the temporary disk has less room (called locked)."""
+    for name in filter(_is_packed, [*_open_shards]):
+        if shutil.disk_usage(tempfile.gettempdir()).free > size:
+            return
+        del _open_shards[name]
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _by_folder(name: str) -> list[str]:
+    return name.split("/")
+
+
+def _identity(found: os.stat_result) -> tuple[int, int, int, int]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _temporary_cache() -> Path:
+    """A folder in the temporary one that belongs to this user and nobody else can write."""
+    if hasattr(os, "getuid"):
+        folder = Path(tempfile.gettempdir(), f"energon_fn_cache_{os.getuid()}")
+        with suppress(OSError):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            found = folder.lstat()
+            if found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) == 0o700:
+                return folder
+    return Path(tempfile.mkdtemp(prefix="energon_fn_cache_"))
+
+
+@contextmanager
+def _explained(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an operating system's error into one that says what to do."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DatasetError(
+            f"{error.filename or os.fspath(path)} does not exist: check the path, or mount what it "
+            "is on. If a shard was removed or renamed, index the dataset again (`energon-fn "
+            "prepare`)."
+        ) from error
+    except _BROKEN_GZIP as error:
+        raise DatasetError(
+            f"{os.fspath(path)} is not whole gzip data: {error}. Copy or write the file again."
+        ) from error
+    except OSError as error:
+        raise DatasetError(
+            f"{error.filename or os.fspath(path)} cannot be used: {error.strerror or error}. Check "
+            "its permissions and the disk that it is on."
+        ) from error

@@ -1,0 +1,132 @@
+"""User functions as the pipelines call them: seeded, with failures handled and counted.
+
+The stages themselves know one exception, :class:`SkipSample`. :func:`guarded` wraps a user's
+function so that every other failure is reported and becomes a skip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import count
+from types import GeneratorType
+from typing import Any, TypeVar
+
+from energon_fn import seeds
+from energon_fn.errors import (
+    PROGRAMMING_ERRORS,
+    DatasetError,
+    ErrorHandler,
+    FatalSampleError,
+    SkipSample,
+    log_exception,
+)
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+def guarded(
+    fn: Callable[[T], U],
+    stage: str,
+    *,
+    seed: int | None = None,
+    handler: ErrorHandler = log_exception,
+    tolerance: int = 100,
+) -> Callable[[T], U | Iterator[U]]:
+    """``fn`` for one item, or a list of items, whose failure costs only these items.
+
+    stage: the name in messages. seed: seed the global random generators for each call (None: leave
+    them alone). handler: gets ``(exception, item, sources)``; returning drops the item.
+    tolerance: after so many failures in a row :class:`FatalSampleError` is raised.
+
+    Errors that no other item would cure (``ImportError``, ``NameError``, ..., a missing shard) are
+    raised at once. If ``fn`` is a generator function, its outputs up to the failure are kept.
+
+    >>> reciprocal = guarded(lambda x: 1 / x, "encode_sample", handler=lambda *error: None)
+    >>> reciprocal(4)
+    0.25
+    >>> try:
+    ...     reciprocal(0)
+    ... except SkipSample:
+    ...     print("skipped")
+    skipped
+    """
+    failures = 0
+
+    def fail(error: Exception, item: T) -> None:
+        nonlocal failures
+        error.add_note(f"in {stage} of {describe(item)}")
+        if isinstance(error, (*PROGRAMMING_ERRORS, DatasetError, FatalSampleError)):
+            raise error
+        handler(error, item, sources_of(item))
+        failures += 1
+        if failures >= tolerance:
+            raise FatalSampleError(
+                f"{stage} failed {failures} times in a row, the last time with "
+                f"{type(error).__name__}: {error} (in {describe(item)}). Mend the function or the "
+                f"data; failure_tolerance sets how many failures in a row are accepted."
+            ) from error
+
+    def call(item: T) -> U | Iterator[U]:
+        nonlocal failures
+        if seed is not None:
+            seeds.reseed(seed, stage)
+        try:
+            result = fn(item)
+        except Exception as error:
+            fail(error, item)
+            raise SkipSample from None
+        if isinstance(result, GeneratorType):
+            return outputs(result, item)
+        failures = 0
+        return result
+
+    def outputs(results: Iterator[U], item: T) -> Iterator[U]:
+        # Others run between two outputs: put position and seeds back before each.
+        nonlocal failures
+        where = seeds.here()
+        for n in count():
+            seeds.at((where, n))
+            if seed is not None:
+                seeds.reseed(seed, stage)
+            try:
+                result = next(results)
+            except StopIteration:
+                failures = 0
+                return
+            except Exception as error:
+                fail(error, item)
+                return
+            yield result
+
+    return call
+
+
+def members(item: Any) -> list[Any]:
+    return item if isinstance(item, list) else [item]
+
+
+def bookkeeping(sample: Any, name: str) -> Any:
+    """A sample's ``__key__`` and the like, whether it is a dict or an object; else None."""
+    return sample.get(name) if isinstance(sample, dict) else getattr(sample, name, None)
+
+
+def sources_of(item: Any) -> tuple[Any, ...] | None:
+    """Where a sample, or the samples of a list, came from."""
+    found = [bookkeeping(sample, "__sources__") or () for sample in members(item)]
+    return tuple(source for sources in found for source in sources) or None
+
+
+def describe(item: Any) -> str:
+    """Keys and shards of a sample or a list of samples, for messages.
+
+    >>> describe([{"__key__": "0001"}, {"__key__": "0002"}])
+    'samples 0001, 0002'
+    """
+    keys = [key for sample in members(item) for key in members(bookkeeping(sample, "__key__"))]
+    shards = dict.fromkeys(
+        f"{source.dataset_path}/{source.shard_name}" for source in sources_of(item) or ()
+    )
+    shown = ", ".join(str(key) for key in keys[:8]) + (", ..." if len(keys) > 8 else "")
+    plural = "s" if len(keys) > 1 else ""
+    return f"sample{plural} {shown}" + (f" from {', '.join(shards)}" if shards else "")

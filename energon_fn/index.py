@@ -1,0 +1,577 @@
+"""Where every sample lies: a shard is walked once, and from then on read by offset.
+
+:func:`index_shard` walks a tar. :func:`write_index` keeps what it found in the SQLite file that
+megatron-energon 7 has in ``.nv-meta/index.sqlite`` (its schema, as found by preparing a dataset)::
+
+    samples(tar_file_id, sample_key, sample_index, byte_offset, byte_size)
+    sample_parts(tar_file_id, sample_index, part_name, content_byte_offset, content_byte_size)
+
+``tar_file_id`` is the shard's position in ``shard_counts`` of ``.nv-meta/.info.json``. A dataset
+that was not prepared gets such a file in the user's cache folder (:func:`cached_index`).
+:class:`Index` reads either.
+
+>>> import tempfile, tarfile, io, os
+>>> folder = tempfile.TemporaryDirectory()
+>>> with tarfile.open(folder.name + "/0.tar", "w") as tar:
+...     for name in ("a/1.jpg", "a/1.detail.json", "a/2.jpg"):
+...         info = tarfile.TarInfo(name)
+...         info.size = len(name)
+...         tar.addfile(info, io.BytesIO(name.encode()))
+>>> shard = index_shard(folder.name + "/0.tar", "0.tar")
+>>> shard.keys, shard.offsets
+(['a/1', 'a/2'], [0, 2048, 3072])
+>>> shard.parts[0]
+(('jpg', 512, 7), ('detail.json', 1536, 15))
+>>> write_index(folder.name + "/index.sqlite", [shard]).counts
+{'0.tar': 2}
+>>> index = Index(folder.name + "/index.sqlite", folder.name, ("0.tar",))
+>>> index.find("a/2"), index.parts(0, 1)
+((0, 1), ('a/2', (('jpg', 2560, 7),)))
+>>> folder.cleanup()
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import multiprocessing
+import os
+import re
+import sqlite3
+import struct
+import sys
+import tarfile
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from tqdm import tqdm
+
+from . import files
+from .errors import DatasetError, logger
+
+Part = tuple[str, int, int]
+"""Part name, offset and size in bytes of its content in the (decompressed) shard."""
+
+Entry = tuple[str, tuple[Part, ...]]
+"""A sample's key and its parts, in the order of the tar."""
+
+BLOCK = 128  # samples that one query fetches
+_KEPT_BLOCKS = 256  # at most about 20 MB in a process
+_TAR_BLOCK = 512
+_MAX_PADDING = 2**20  # zeros behind the end of a tar that are looked through
+_CACHE_LIFETIME = 30 * 86400.0  # seconds after its last use that an index of other times is kept
+
+_SCHEMA = """
+CREATE TABLE samples (tar_file_id INTEGER NOT NULL, sample_key TEXT NOT NULL{unique},
+    sample_index INTEGER NOT NULL, byte_offset INTEGER, byte_size INTEGER);
+CREATE TABLE sample_parts (tar_file_id INTEGER, sample_index INTEGER, part_name TEXT,
+    content_byte_offset INTEGER, content_byte_size INTEGER);
+"""
+_INDICES = """
+CREATE INDEX idx_samples_by_tar_and_idx ON samples(tar_file_id, sample_index);
+CREATE INDEX idx_sample_parts_seq ON sample_parts(tar_file_id, sample_index, content_byte_offset);
+CREATE INDEX idx_sample_parts_full ON sample_parts(tar_file_id, sample_index, part_name,
+    content_byte_offset, content_byte_size);
+"""
+# Only in the cache: keys may occur twice, and a shard that did not change is not walked again.
+_CACHE_VERSION = 1
+_CACHE_SCHEMA = """
+CREATE TABLE shards (tar_file_id INTEGER PRIMARY KEY, name TEXT NOT NULL, size INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL, sample_count INTEGER NOT NULL);
+"""
+_CACHE_INDICES = "CREATE INDEX idx_samples_by_key ON samples(sample_key);"
+_COLUMNS = {
+    "samples": ("sample_key", "sample_index", "byte_offset", "byte_size"),
+    "sample_parts": ("sample_index", "part_name", "content_byte_offset", "content_byte_size"),
+}
+_FIVE = "?, ?, ?, ?, ?"
+_SELECT_SAMPLES = """SELECT sample_key, byte_offset FROM samples
+    WHERE tar_file_id = ? AND sample_index >= ? AND sample_index < ? ORDER BY sample_index"""
+_SELECT_PARTS = """SELECT sample_index, part_name, content_byte_offset, content_byte_size
+    FROM sample_parts WHERE tar_file_id = ? AND sample_index >= ? AND sample_index < ?
+    ORDER BY sample_index, content_byte_offset"""
+_SELECT_END = """SELECT byte_offset + byte_size FROM samples WHERE tar_file_id = ?
+    ORDER BY sample_index DESC LIMIT 1"""
+_PREPARE_AGAIN = "Prepare the dataset again: `energon-fn prepare {root}`."
+
+
+# ---------------------------------------------------------------------------------- walking a tar
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What lies where in one shard, all sequences in the order of the tar.
+
+    ``name`` is the shard's name relative to the dataset, ``offsets`` has one number more than
+    there are samples: each sample's first header and, last, the end of the last sample (what
+    megatron-energon keeps in ``.tar.idx``). All offsets are bytes of the decompressed stream.
+    """
+
+    name: str
+    keys: list[str]
+    offsets: list[int]
+    parts: list[tuple[Part, ...]]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Key and part name of a file in a tar, or None for a file that belongs to no sample.
+
+    The key ends at the first dot of the base name. Files without a dot, files that begin with one
+    and those in a folder or of a name like ``__meta__`` are no parts (as in webdataset).
+
+    >>> split_name("a.b/0001.detail.json"), split_name("0001"), split_name(".hidden.txt")
+    (('a.b/0001', 'detail.json'), None, None)
+    """
+    found = _PART.match(name)
+    return None if found is None or _META.match(name) else (found[1], found[2])
+
+
+_PART = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)\Z")
+_META = re.compile(r"__[^/]*__(?:$|/)")
+
+
+def index_shard(path: str | os.PathLike[str], name: str | None = None) -> ShardIndex:
+    """Walk one ``.tar``, ``.tar.gz`` or ``.tgz`` from header to header.
+
+    A sample is a run of files with the same key. ``name`` is the shard's name relative to its
+    dataset (the file's own name unless given). Raises :class:`DatasetError` if the tar is cut
+    short, damaged, not a tar, or holds what cannot be read by offset.
+    """
+    path = os.fspath(path)
+    shard = ShardIndex(os.path.basename(path) if name is None else name, [], [], [])
+    keys, offsets = shard.keys, shard.offsets
+    parts: list[Part] = []
+
+    links = 0
+
+    def broken(why: object) -> DatasetError:
+        # The last one begun may lack parts.
+        last = f"the last whole sample is {keys[-2]!r}" if len(keys) > 1 else "no sample is whole"
+        return DatasetError(
+            f"{path}: {why}; {last}. Copy or write the shard again, or exclude it."
+        )
+
+    with files.open_stream(path) as stream:
+        try:
+            tar: Any = tarfile.TarFile(fileobj=stream)
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # tarfile would keep every header of the shard
+                split = split_name(member.name)
+                if split is None or not member.isreg():
+                    links += split is not None and (member.islnk() or member.issym())
+                    continue
+                if member.issparse():
+                    raise broken(f"{member.name} is a sparse file, which has no bytes to read")
+                if not keys or keys[-1] != split[0]:
+                    if keys:
+                        shard.parts.append(tuple(parts))
+                    parts = []
+                    keys.append(split[0])
+                    offsets.append(member.offset)
+                parts.append((split[1], member.offset_data, member.size))
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            raise broken(error) from error
+        if keys:
+            shard.parts.append(tuple(parts))
+        # tarfile takes damage in the middle for the end, so look at what it stopped at.
+        stream.seek(tar.offset)
+        rest = stream.read(_MAX_PADDING)
+    if len(rest) < _TAR_BLOCK:
+        raise broken(
+            "it ends without an end-of-archive marker, so it was cut short (if it is known to be "
+            "whole, append 1024 zero bytes)"
+        )
+    if any(rest[:_TAR_BLOCK]):
+        raise broken(f"byte {tar.offset} is not a tar header")
+    if rest.strip(b"\0"):
+        logger.warning("%s has data behind its end-of-archive marker at byte %d (tars that were "
+                       "concatenated?): it is not read", path, tar.offset)
+    if links:
+        logger.warning("%s: %d links are not read as parts of samples. Write the shard with what "
+                       "they point to (GNU tar: --dereference --hard-dereference)", path, links)
+    offsets.append(tar.offset)
+    _check_text(path, shard)
+    return shard
+
+
+def index_shards(
+    root: str | os.PathLike[str], names: Sequence[str], workers: int | None = None
+) -> Iterator[ShardIndex]:
+    """Walk many shards, ``workers`` at a time (one per processor unless given), in order of names.
+
+    In processes where that is safe (no thread but this one, so that nobody holds a lock when they
+    are forked), else in threads. They start at once, and are at most two shards per worker ahead
+    of whoever takes the results.
+
+    >>> list(index_shards("/", []))
+    []
+    """
+    workers = min(workers or os.cpu_count() or 1, len(names))
+    tasks = iter([(os.path.join(root, name), name) for name in names])
+    if workers <= 1:
+        return (index_shard(*task) for task in tasks)
+    may_fork = (
+        "fork" in multiprocessing.get_all_start_methods()
+        and threading.active_count() == 1
+        and not multiprocessing.current_process().daemon
+    )
+    pool: Executor = (
+        ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
+        if may_fork
+        else ThreadPoolExecutor(workers)
+    )
+    # The first are submitted here, and so the processes forked before a progress bar has a thread.
+    ahead = deque(pool.submit(index_shard, *task) for task in islice(tasks, 2 * workers))
+
+    def results() -> Iterator[ShardIndex]:
+        try:
+            while ahead:
+                yield ahead.popleft().result()
+                ahead.extend(pool.submit(index_shard, *task) for task in islice(tasks, 1))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    return results()
+
+
+def _check_text(path: str, shard: ShardIndex) -> None:
+    """SQLite and YAML hold Unicode; tarfile marks bytes that are none as lone surrogates."""
+    names = [shard.keys, [part[0] for sample in shard.parts for part in sample]]
+    for name in ("\0".join(group) for group in names):
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            around = name[max(0, error.start - 40) : error.start + 10]
+            raise DatasetError(
+                f"{path}: a file name near {around!r} is not UTF-8. Write the shard again with "
+                "UTF-8 names."
+            ) from error
+
+
+def idx_bytes(shard: ShardIndex) -> bytes:
+    """The content of megatron-energon's ``.tar.idx``: the offsets as little-endian uint64.
+
+    >>> idx_bytes(ShardIndex("0.tar", ["a"], [0, 1024], [()])).hex()
+    '00000000000000000004000000000000'
+    """
+    return struct.pack(f"<{len(shard.offsets)}Q", *shard.offsets)
+
+
+# ------------------------------------------------------------------------------ writing the index
+
+
+@dataclass(frozen=True)
+class IndexSummary:
+    """What :func:`write_index` went over.
+
+    ``counts``: samples by shard name, in order. ``part_names``: in the order first seen.
+    ``duplicates``: (key, shard name) of every sample whose key an earlier one has.
+    """
+
+    counts: dict[str, int]
+    part_names: tuple[str, ...]
+    duplicates: tuple[tuple[str, str], ...]
+
+
+def write_index(path: str | os.PathLike[str], shards: Iterable[ShardIndex]) -> IndexSummary:
+    """Write an ``index.sqlite`` as megatron-energon has it, one shard after the other.
+
+    The shards' positions become their ``tar_file_id``. The file appears whole or not at all. Keys
+    are unique in it: if :attr:`IndexSummary.duplicates` is not empty, **nothing was written**.
+    """
+    counts: dict[str, int] = {}
+    part_names: dict[str, None] = {}
+    duplicates: list[tuple[str, str]] = []
+    with suppress(_NotWritten), files.replacing(path) as temporary:
+        with closing(_new_database(temporary, _SCHEMA.format(unique=" UNIQUE"))) as db:
+            for tar_file_id, shard in enumerate(shards):
+                duplicates += [(key, shard.name) for key in _insert(db, tar_file_id, shard)]
+                part_names.update((part[0], None) for sample in shard.parts for part in sample)
+                counts[shard.name] = len(shard)
+            if not duplicates:
+                db.executescript(_INDICES)
+        if duplicates:
+            raise _NotWritten
+    return IndexSummary(counts, tuple(part_names), tuple(duplicates))
+
+
+class _NotWritten(Exception):
+    """Leaves :func:`files.replacing` without a file."""
+
+
+def _new_database(path: str, schema: str) -> sqlite3.Connection:
+    # A temporary file of our own: no journal, no flushing, and no locks, which network disks lack.
+    db = sqlite3.connect(f"file:{quote(path)}?nolock=1", uri=True, isolation_level=None)
+    db.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-65536;")
+    db.executescript(schema)
+    return db
+
+
+def _insert(db: sqlite3.Connection, tar_file_id: int, shard: ShardIndex) -> list[str]:
+    """Add a shard. Returns the keys that were there before, whose samples were not added."""
+    here = shard.offsets
+    rows = (
+        (tar_file_id, key, i, here[i], here[i + 1] - here[i]) for i, key in enumerate(shard.keys)
+    )
+    before = db.total_changes
+    db.execute("BEGIN")
+    db.executemany(f"INSERT OR IGNORE INTO samples VALUES ({_FIVE})", rows)
+    taken: list[str] = []
+    if db.total_changes - before < len(shard):
+        query = "SELECT tar_file_id, sample_index FROM samples WHERE sample_key = ?"
+        taken = [
+            key
+            for i, key in enumerate(shard.keys)
+            if db.execute(query, (key,)).fetchone() != (tar_file_id, i)
+        ]
+    db.executemany(
+        f"INSERT INTO sample_parts VALUES ({_FIVE})",
+        ((tar_file_id, i, *part) for i, sample in enumerate(shard.parts) for part in sample),
+    )
+    db.execute("COMMIT")
+    return taken
+
+
+# ------------------------------------------------------------- an index in the user's cache folder
+
+
+def cached_index(
+    root: str | os.PathLike[str], names: Sequence[str], workers: int | None = None
+) -> tuple[str, dict[str, int]]:
+    """An index of these shards that is not the dataset's own, made if need be: path and counts.
+
+    It lies in :func:`files.cache_folder`, named by the dataset's real path and by each shard's
+    name, size and time of change. So it never changes once it is there, several processes may make
+    it at once, and a dataset that changed gets another one, for which only new and changed shards
+    are walked. Keys may occur twice in it (a warning says so). Unused for a month, it is removed.
+    """
+    real = os.path.realpath(root)
+    stamps = [(name, *files.size_mtime(os.path.join(real, name))) for name in names]
+    prefix = hashlib.sha256(real.encode(errors="surrogateescape")).hexdigest()[:16]
+    version = hashlib.sha256(repr((_CACHE_VERSION, stamps)).encode()).hexdigest()[:32]
+    folder = files.cache_folder()
+    path = folder / f"{prefix}-{version}.sqlite"
+    if path.exists():
+        with suppress(OSError):
+            os.utime(path)  # when it was last used
+    else:
+        others = sorted((_last_used(other), other) for other in folder.glob(f"{prefix}-*.sqlite"))
+        with files.replacing(path) as temporary, _explained(str(folder)):
+            _fill_cache(temporary, [other for _, other in others[-1:]], real, stamps, workers)
+        leftovers = [(_last_used(other), other) for other in folder.glob(f".{prefix}-*.tmp")]
+        for used, other in others + leftovers:
+            if used < time.time() - _CACHE_LIFETIME:
+                other.unlink(missing_ok=True)
+    with _explained(str(path)), closing(_open_read_only(str(path))) as db:
+        query = "SELECT name, sample_count FROM shards ORDER BY tar_file_id"
+        return str(path), dict(db.execute(query).fetchall())
+
+
+def _fill_cache(
+    path: str, old: list[Path], root: str, stamps: list[tuple[str, int, int]], workers: int | None
+) -> None:
+    """Make a cached index from what an old one has of the same shards and from walking the rest."""
+    schema = _SCHEMA.format(unique="") + _CACHE_SCHEMA
+    with closing(_new_database(path, schema)) as db:
+        kept: dict[tuple[str, int, int], tuple[int, int]] = {}
+        for other in old:
+            db.execute("ATTACH ? AS old", (_read_only_uri(str(other)),))
+            query = "SELECT name, size, mtime_ns, tar_file_id, sample_count FROM old.shards"
+            kept = {row[:3]: row[3:] for row in db.execute(query)}
+        todo = [stamp[0] for stamp in stamps if stamp not in kept]
+        walked = iter(tqdm(
+            index_shards(root, todo, workers),
+            total=len(todo), desc=f"indexing {root}", unit="shard",
+            disable=None if todo else True,  # None: shown on a terminal only
+        ))
+        for tar_file_id, stamp in enumerate(stamps):
+            if stamp in kept:
+                old_id, count = kept[stamp]
+                for table in ("samples", "sample_parts"):
+                    columns = ", ".join(_COLUMNS[table])
+                    db.execute(
+                        f"INSERT INTO {table} SELECT ?, {columns} FROM old.{table} "
+                        "WHERE tar_file_id = ?", (tar_file_id, old_id),
+                    )
+            else:
+                shard = next(walked)
+                count = len(shard)
+                _insert(db, tar_file_id, shard)
+            db.execute(f"INSERT INTO shards VALUES ({_FIVE})", (tar_file_id, *stamp, count))
+        list(walked)  # ends the progress bar
+        db.executescript(_INDICES + _CACHE_INDICES)
+        twice = db.execute(
+            "SELECT sample_key FROM samples GROUP BY sample_key HAVING COUNT(*) > 1 LIMIT 1"
+        ).fetchone()
+        if twice is not None:
+            logger.warning(
+                "%s: the key %r occurs more than once. Samples are read by position, so all are "
+                "there, but a key does not name one; `energon-fn prepare` would refuse them.",
+                root, twice[0],
+            )
+
+
+def _last_used(path: Path) -> float:
+    with suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0  # another process has just removed it
+
+
+# ------------------------------------------------------------------------------ reading the index
+
+
+def has_parts(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a finished index with the places of all parts (older ones have none).
+
+    >>> has_parts("/no/such/index.sqlite")
+    False
+    """
+    if not os.path.exists(path):
+        return False
+    with _explained(os.fspath(path)), closing(_open_read_only(os.fspath(path))) as db:
+        names = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+    return {"samples", "sample_parts", "idx_samples_by_tar_and_idx"} <= names
+
+
+class Index:
+    """Random access to an index file: where the parts of a sample lie, and which sample has a key.
+
+    ``shards`` are the dataset's shards in the order of their ``tar_file_id``, relative to ``root``.
+    The file is opened when it is first needed, once in every process, and read in blocks of 128
+    samples. When a block is first read, the shard is checked to be still the one that was indexed.
+
+    Pickles as its arguments. May be used from several threads, and after a fork.
+    """
+
+    def __init__(
+        self, path: str, root: str, shards: tuple[str, ...], remedy: str = _PREPARE_AGAIN
+    ) -> None:
+        self.path, self.root, self.shards, self.remedy = path, root, shards, remedy
+        self._blocks: dict[tuple[int, int], list[Entry]] = {}
+        self._db: tuple[int, sqlite3.Connection] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Index, (self.path, self.root, self.shards, self.remedy)
+
+    def parts(self, shard: int, sample: int) -> Entry:
+        """Key and parts of a sample by its shard's number and its place in the shard.
+
+        Raises :class:`DatasetError` if there is no such sample, or if the shard is not what it was
+        when it was indexed.
+        """
+        # Looking into a dict needs no lock. So the oldest block goes first, not the least used.
+        block = self._blocks.get((shard, sample // BLOCK))
+        if block is None:
+            block = self._read_block(shard, sample // BLOCK)
+        try:
+            return block[sample % BLOCK]
+        except IndexError:
+            raise DatasetError(
+                f"{self.path} has no sample {sample} of {self.shards[shard]}: it does not fit the "
+                f"counts of the dataset. {self.remedy.format(root=self.root)}"
+            ) from None
+
+    def find(self, key: str) -> tuple[int, int] | None:
+        """Number of the shard and place in it of the (first) sample with this key, or None."""
+        return next(iter(self.find_all(key)), None)
+
+    def find_all(self, key: str) -> list[tuple[int, int]]:
+        """Every sample with this key: more than one only if the dataset was not prepared."""
+        query = "SELECT tar_file_id, sample_index FROM samples WHERE sample_key = ? ORDER BY 1, 2"
+        with self._connection() as db:
+            return db.execute(query, (key,)).fetchall()
+
+    def _read_block(self, shard: int, number: int) -> list[Entry]:
+        first = number * BLOCK
+        where = (shard, first, first + BLOCK)
+        with self._connection() as db:
+            samples = db.execute(_SELECT_SAMPLES, where).fetchall()
+            rows = db.execute(_SELECT_PARTS, where).fetchall()
+            end = db.execute(_SELECT_END, (shard,)).fetchone()
+        parts: list[list[Part]] = [[] for _ in samples]
+        for i, name, offset, size in rows:
+            parts[i - first].append((sys.intern(name), offset, size))
+        block = [(row[0], tuple(own)) for row, own in zip(samples, parts, strict=True)]
+        if block and samples[0][1] is not None:
+            self._check(shard, samples[0][1], block[0], end[0])
+        with _lock:
+            while len(self._blocks) >= _KEPT_BLOCKS:
+                del self._blocks[next(iter(self._blocks))]
+            self._blocks[shard, number] = block
+        return block
+
+    def _check(self, shard: int, header: int, entry: Entry, end: int) -> None:
+        """Compare the shard with a sample of the index, and with where the index says it ends."""
+        key, parts = entry
+        name, offset, size = parts[0]
+        path = os.path.join(self.root, self.shards[shard])
+
+        def fits() -> bool:
+            there = files.stream_size(path)
+            if there < end or any(files.read_at(path, end, min(_TAR_BLOCK, there - end))):
+                return False  # cut short, or something was appended
+            headers = files.read_at(path, header, offset - header)
+            try:
+                member = tarfile.TarFile(fileobj=io.BytesIO(headers)).next()
+            except tarfile.TarError:
+                return False
+            return member is not None and (
+                (member.name, member.offset_data, member.size)
+                == (f"{key}.{name}", len(headers), size)
+            )
+
+        if not fits():
+            raise DatasetError(
+                f"{path} changed since it was indexed: sample {key!r} is not where it was. "
+                f"{self.remedy.format(root=self.root)}"
+            )
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        with _lock, _explained(self.path):
+            if self._db is None or self._db[0] != os.getpid():  # it must not cross a fork
+                self._db = os.getpid(), _open_read_only(self.path)
+            yield self._db[1]
+
+
+_lock = threading.Lock()
+"""Held by whoever is inside of SQLite. A fork waits for it: SQLite has locks of its own, and a
+child in which a thread that is gone holds one would hang."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+    )
+
+
+def _read_only_uri(path: str) -> str:
+    # Immutable: no locks, which network disks lack. Nobody writes to an index once it is there.
+    return f"file:{quote(os.path.abspath(path))}?mode=ro&immutable=1"
+
+
+def _open_read_only(path: str) -> sqlite3.Connection:
+    return sqlite3.connect(_read_only_uri(path), uri=True, check_same_thread=False)
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        raise DatasetError(
+            f"{path}: the index cannot be used: {error}. If the disk is not full, remove it, or "
+            "prepare the dataset again (`energon-fn prepare`)."
+        ) from error

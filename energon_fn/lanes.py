@@ -1,0 +1,127 @@
+"""Lanes: who runs which stream.
+
+A *lane* is one independent stream over its own share of the data. How many lanes there are is part
+of the experiment, like the seed; ranks and workers only share them out. Rank r of W drives the
+lanes r, r + W, r + 2W, ..., in turn; a lane that has ended still takes its turns, with nothing to
+deliver. So what is delivered, and in which order, does not depend on how many workers there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from energon_fn.errors import ErrorHandler, log_exception
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """Which part of the work is done here, and how.
+
+    rank, world_size: this process among those that train on different data.
+    num_workers: processes that load for this rank; 0 loads in the training process itself.
+    data_parallel_group: the torch.distributed group that rank and world size are counted in.
+    seed_offset: another number gives another order and other augmentations.
+    lanes: number of independent streams over all ranks, a multiple of the world size; None takes as
+    many as there are workers in all.
+    global_error_handler: what happens to samples that fail, see :mod:`energon_fn.errors`.
+    failure_tolerance: how many failures in a row of one function end the run.
+
+    >>> WorkerConfig(rank=1, world_size=2, num_workers=2).rank_lanes
+    (1, 3)
+    """
+
+    rank: int
+    world_size: int
+    num_workers: int
+    data_parallel_group: Any = None
+    seed_offset: int = 0
+    lanes: int | None = None
+    global_error_handler: ErrorHandler = log_exception
+    failure_tolerance: int = 100
+
+    def __post_init__(self) -> None:
+        for name, smallest in (("world_size", 1), ("num_workers", 0), ("failure_tolerance", 1)):
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be {smallest} or more")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(
+                f"rank is {self.rank}; with world_size {self.world_size} it must be "
+                f"0 to {self.world_size - 1}"
+            )
+        if self.lanes is not None and (self.lanes < 1 or self.lanes % self.world_size):
+            below = max(self.lanes // self.world_size, 1) * self.world_size
+            raise ValueError(
+                f"lanes is {self.lanes}; it must be a multiple of world_size {self.world_size}, so "
+                f"that all ranks get as many batches: {below} or {below + self.world_size}, say"
+            )
+
+    @classmethod
+    def default_worker_config(
+        cls, num_workers: int = 4, data_parallel_group: Any = None
+    ) -> WorkerConfig:
+        """The configuration of this process: rank and world size by torch.distributed, if in use.
+
+        >>> WorkerConfig.default_worker_config(num_workers=0).world_size
+        1
+        """
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return cls(rank=0, world_size=1, num_workers=num_workers)
+        return cls(
+            rank=distributed.get_rank(data_parallel_group),
+            world_size=distributed.get_world_size(data_parallel_group),
+            num_workers=num_workers,
+            data_parallel_group=data_parallel_group,
+        )
+
+    @property
+    def lane_count(self) -> int:
+        """How many lanes there are over all ranks."""
+        return self.lanes or self.world_size * max(self.num_workers, 1)
+
+    @property
+    def rank_lanes(self) -> tuple[int, ...]:
+        """The lanes of this rank, in the order of their turns."""
+        return tuple(range(self.rank, self.lane_count, self.world_size))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A process group cannot travel to a worker, and is not needed there.
+        return {**self.__dict__, "data_parallel_group": None}
+
+
+def default_worker_config(num_workers: int = 4, data_parallel_group: Any = None) -> WorkerConfig:
+    """:meth:`WorkerConfig.default_worker_config` as a function."""
+    return WorkerConfig.default_worker_config(num_workers, data_parallel_group)
+
+
+def worker_slots(lanes: Sequence[int], workers: int, worker: int) -> list[int | None]:
+    """The lanes of one of ``workers`` workers, None for a turn with no lane.
+
+    Workers are asked in turn; the lanes that they name then are ``lanes``, in order.
+
+    >>> [worker_slots((0, 1, 2), 2, worker) for worker in range(2)]
+    [[0, 2], [1, None]]
+    """
+    slots: list[int | None] = [*lanes, *[None] * (-len(lanes) % workers)]
+    return slots[worker::workers]
+
+
+def take_turns(streams: Sequence[Iterator[T] | None]) -> Iterator[tuple[int, T | None]]:
+    """``(number of the stream, item)`` of each stream in turn, None for one that has ended.
+
+    >>> list(take_turns([iter("ab"), iter("c")]))
+    [(0, 'a'), (1, 'c'), (0, 'b'), (1, None), (0, None)]
+    """
+    running = list(streams)
+    while any(stream is not None for stream in running):
+        for number, stream in enumerate(running):
+            item = None if stream is None else next(stream, None)
+            if item is None:
+                running[number] = None
+            yield number, item

@@ -1,0 +1,141 @@
+"""The plan: which sample when, decided before a byte is read.
+
+A *key* is ``(epoch, index)``: the ``index``-th sample of the dataset in its ``epoch``-th round. The
+keys of an epoch are shared out over *lanes*; a lane's stream of keys is a pure function of the
+plan and the lane, so its state is two ints, and any position can be computed without what came
+before it.
+
+Training: the dataset is cut into sequences of neighbouring samples, the sequences are permuted,
+each lane gets an equal run of the result, and the run is mixed within windows of
+``shuffle_buffer_size``. Validation: blocks of ``block`` samples are dealt to the lanes like cards,
+so the lanes taken in turn give the dataset's own order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from energon_fn import seeds
+
+Key = tuple[int, int]
+State = tuple[int, int]
+Ints = npt.NDArray[np.int64]
+
+CHUNK = 4096  # keys computed at a time where no window says otherwise
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be visited, and in which order.
+
+    runs: lengths of the dataset's runs of neighbouring samples (its shards, say).
+    shuffle: permute the sequences (training) or keep the dataset's order (validation).
+    repeat: go on with the next epoch for ever, or end after one.
+    sequence: cut the runs into sequences of at most so many samples (None: whole runs).
+    window: mix the samples of a lane over so many neighbours (None or 1: not at all).
+    block: how many samples a lane takes at a time when nothing is shuffled.
+    """
+
+    runs: tuple[int, ...]
+    lanes: int = 1
+    seed: int = 0
+    shuffle: bool = False
+    repeat: bool = False
+    sequence: int | None = None
+    window: int | None = None
+    block: int = 1
+
+    def __len__(self) -> int:
+        return sum(self.runs)
+
+
+def keys(plan: Plan, lane: int, state: State | None = None) -> Iterator[tuple[Key, State]]:
+    """The keys of one lane from ``state`` on (None: the beginning), each with the state after it.
+
+    >>> plan = Plan(runs=(3, 2), lanes=2)
+    >>> [key for key, state in keys(plan, lane=0)]
+    [(0, 0), (0, 2), (0, 4)]
+    >>> [key for key, state in keys(plan, lane=0, state=(0, 1))]
+    [(0, 2), (0, 4)]
+    """
+    epoch, done = state or (0, 0)
+    while True:
+        while done < lane_size(plan, epoch, lane):
+            chunk, skip = _chunk(plan, epoch, lane, done)
+            for index in chunk[skip:].tolist():
+                done += 1
+                yield (epoch, index), (epoch, done)
+        if not plan.repeat or not len(plan):
+            return
+        epoch, done = epoch + 1, 0
+
+
+def lane_size(plan: Plan, epoch: int, lane: int) -> int:
+    """How many samples the lane gets in that epoch; over all lanes it is every sample once.
+
+    >>> [lane_size(Plan(runs=(5,), lanes=2, shuffle=True), epoch=0, lane=l) for l in range(2)]
+    [2, 3]
+    """
+    total = len(plan)
+    if plan.shuffle:
+        first, last = _share(plan, epoch, lane)
+        return last - first
+    rounds, rest = divmod(total, plan.lanes * plan.block)
+    return rounds * plan.block + min(max(rest - lane * plan.block, 0), plan.block)
+
+
+def _share(plan: Plan, epoch: int, lane: int) -> tuple[int, int]:
+    # Shares go round with the epochs: with fewer samples than lanes, everybody gets some in turn.
+    share = (lane + epoch) % plan.lanes
+    return len(plan) * share // plan.lanes, len(plan) * (share + 1) // plan.lanes
+
+
+def _chunk(plan: Plan, epoch: int, lane: int, position: int) -> tuple[Ints, int]:
+    """Indices of a stretch of the lane's epoch that holds ``position``, and where in it that is."""
+    size = lane_size(plan, epoch, lane)
+    window = plan.window or 1
+    if not plan.shuffle or window < 2:
+        return _visit(plan, epoch, lane, np.arange(position, min(position + CHUNK, size))), 0
+    # Two passes over windows that overlap by half: a sample can go up to 1.5 windows far, and
+    # every place is open to a whole window of samples. Both passes are functions of the position.
+    half = window // 2
+    number = (position + window - half) // window
+    start, stop = max(number * window - window + half, 0), min(number * window + half, size)
+    middle = start + seeds.permutation(stop - start, plan.seed, "pass 2", epoch, lane, number)
+    places = np.empty_like(middle)
+    for first in range(start // window, (stop - 1) // window + 1):
+        low, high = first * window, min((first + 1) * window, size)
+        inside = (middle >= low) & (middle < high)
+        mixed = low + seeds.permutation(high - low, plan.seed, "pass 1", epoch, lane, first)
+        places[inside] = mixed[middle[inside] - low]
+    return _visit(plan, epoch, lane, places), position - start
+
+
+def _visit(plan: Plan, epoch: int, lane: int, places: Ints) -> Ints:
+    """The dataset's indices at the given places of the lane's epoch."""
+    if not plan.shuffle:
+        rounds, within = np.divmod(places, plan.block)
+        return (rounds * plan.lanes + lane) * plan.block + within
+    starts, ends = _sequences(plan, epoch)
+    places = places + _share(plan, epoch, lane)[0]
+    number = np.searchsorted(ends, places, side="right")
+    return starts[number] + places - ends[number]
+
+
+@lru_cache(maxsize=4)
+def _sequences(plan: Plan, epoch: int) -> tuple[Ints, Ints]:
+    """The permuted sequences of an epoch: index just behind each, and place just behind each."""
+    lengths = np.asarray(plan.runs, dtype=np.int64)
+    cut = plan.sequence or max(plan.runs, default=1)
+    pieces = -(-lengths // cut)
+    first = np.repeat(np.cumsum(lengths) - lengths, pieces)
+    nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    size = np.minimum(np.repeat(lengths, pieces) - nth * cut, cut)
+    order = seeds.permutation(len(size), plan.seed, "sequences", epoch)
+    stops = (first + nth * cut + size)[order]
+    return stops, np.cumsum(size[order])

@@ -1,0 +1,282 @@
+"""A dataset's samples by position: which ones there are is known at once, bytes come on demand.
+
+:func:`open_source` takes a prepared folder (one with ``.nv-meta``), a plain folder of tars, a brace
+or glob pattern of tars, or one tar. A :class:`Source` is a list of raw samples that reads nothing
+before it is asked, and then only the wanted parts, at their offsets.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+from . import files, metadata
+from .errors import DatasetError, logger
+from .index import Index, Part, cached_index, has_parts
+from .samples import SourceInfo
+
+NEAR = 64 * 1024
+"""Parts that lie closer together than so many bytes are read at once, with what is between."""
+
+
+class Segment(NamedTuple):
+    """Samples ``start`` to ``stop`` (excluded) of the ``shard``-th of :attr:`Source.shards`."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+def _identity(raw: dict[str, Any]) -> dict[str, Any]:
+    return raw
+
+
+def _all_parts(name: str) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Source:
+    """The raw samples of one part of a dataset, in its order (that of validation).
+
+    Pickles small, without open files: every process opens its own. May be used from several
+    threads, and after a fork.
+    """
+
+    path: str
+    """The folder that the shards' names are relative to."""
+    split_part: str
+    shards: tuple[str, ...]
+    """All shards of the dataset, those of other split parts too."""
+    segments: tuple[Segment, ...]
+    """Runs of neighbouring samples; excluded samples lie between them."""
+    index: Index = field(repr=False, compare=False)
+    sample_type: type[Any] | None = None
+    """None for a crude dataset, whose samples are dicts."""
+    to_sample: Callable[[dict[str, Any]], Any] = _identity
+    """Makes the sample of a *decoded* raw dict."""
+    part_filter: Callable[[str], bool] = _all_parts
+    """Which parts are read."""
+    subflavors: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def load(self, i: int) -> dict[str, Any]:
+        """The ``i``-th raw sample: bytes by part name, and what it is and where it comes from.
+
+        Raises IndexError outside of ``0 <= i < len(source)``, :class:`DatasetError` if the shard is
+        missing or changed since it was indexed.
+
+        >>> import tempfile, webdataset
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with webdataset.TarWriter(folder + "/0.tar") as tar:
+        ...         size = tar.write({"__key__": "a/1", "txt": "a cat", "jpg": b"..."})
+        ...     source = open_source(folder + "/0.tar")
+        ...     raw = source.load(0)
+        >>> raw["__key__"], raw["txt"], raw["jpg"], raw["__restore_key__"], raw["__subflavors__"]
+        ('a/1', b'a cat', b'...', (), {})
+        >>> raw["__sources__"][0].file_names
+        ('a/1.jpg', 'a/1.txt')
+        """
+        shard, sample = self._place(i)
+        key, parts = self.index.parts(shard, sample)
+        wanted = self.part_filter
+        runs: list[list[Part]] = []
+        near = -1
+        names = []
+        for part in parts:
+            name, offset, size = part
+            if wanted(name):
+                names.append(f"{key}.{name}")
+                if offset < near:
+                    runs[-1].append(part)
+                else:
+                    runs.append([part])
+                near = offset + size + NEAR
+        raw: dict[str, Any] = {"__key__": key}
+        path = self._paths[shard]
+        for run in runs:
+            first = run[0][1]
+            data = files.read_at(path, first, run[-1][1] + run[-1][2] - first)
+            if len(run) == 1:
+                raw[run[0][0]] = data
+            else:
+                for name, offset, size in run:
+                    raw[name] = data[offset - first : offset - first + size]
+        raw["__key__"] = key
+        raw["__restore_key__"] = ()
+        raw["__subflavors__"] = {**self.subflavors}
+        raw["__sources__"] = (SourceInfo(self.path, i, self.shards[shard], tuple(names)),)
+        return raw
+
+    def key(self, i: int) -> str:
+        """The ``i``-th sample's key, without reading the sample."""
+        return self.index.parts(*self._place(i))[0]
+
+    def find(self, key: str) -> int | None:
+        """The position of the first sample with this key, or None.
+
+        >>> import tempfile, webdataset
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with webdataset.TarWriter(folder + "/0.tar") as tar:
+        ...         size = tar.write({"__key__": "a", "txt": "a cat"})
+        ...         size = tar.write({"__key__": "b", "txt": "a dog"})
+        ...     source = open_source(folder)
+        ...     source.find("b"), source.find("c")
+        (1, None)
+        """
+        places = self.index.find_all(key)
+        found = [
+            start + place - segment.start
+            for shard, place in places
+            for start, segment in self._segments_of.get(shard, ())
+            if segment.start <= place < segment.stop
+        ]
+        return min(found, default=None)
+
+    def _place(self, i: int) -> tuple[int, int]:
+        starts = self._starts
+        if not 0 <= i < starts[-1]:
+            raise IndexError(f"there is no sample {i}: {self.path} has {starts[-1]}")
+        n = bisect_right(starts, i) - 1
+        shard, start, _ = self.segments[n]
+        return shard, start + i - starts[n]
+
+    # What follows is made once per process from the fields, and does not travel with them.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {own.name: getattr(self, own.name) for own in fields(self)}
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """The position of each segment's first sample and, last, the number of samples."""
+        return [0, *accumulate(segment.stop - segment.start for segment in self.segments)]
+
+    @cached_property
+    def _paths(self) -> list[str]:
+        return [os.path.join(self.path, name) for name in self.shards]
+
+    @cached_property
+    def _segments_of(self) -> dict[int, list[tuple[int, Segment]]]:
+        found: dict[int, list[tuple[int, Segment]]] = {}
+        for start, segment in zip(self._starts, self.segments, strict=False):
+            found.setdefault(segment.shard, []).append((start, segment))
+        return found
+
+
+def open_source(
+    path: str | os.PathLike[str],
+    split_part: str = "train",
+    *,
+    dataset_config: str = metadata.DATASET_YAML,
+    split_config: str = metadata.SPLIT_YAML,
+    trust_dataset_code: bool = False,
+) -> Source:
+    """Open one split part of a dataset; no shard is touched if it is prepared.
+
+    path: a folder with ``.nv-meta``, a folder of tars (found in folders below it too), a brace or
+    glob pattern of tars, or a tar. What is not prepared is indexed when it is first opened, has no
+    sample type (its samples are dicts) and no parts: all of it is "train".
+
+    Raises :class:`DatasetError` for anything that does not exist or does not fit together.
+
+    >>> open_source("/no/such/{0..9}.tar")
+    Traceback (most recent call last):
+        ...
+    energon_fn.errors.DatasetError: no shard matches '/no/such/0.tar' (from ...
+    """
+    path = os.path.abspath(path)
+    if os.path.isdir(os.path.join(path, metadata.META_FOLDER)):
+        return _open_prepared(path, split_part, dataset_config, split_config, trust_dataset_code)
+    if (dataset_config, split_config) != (metadata.DATASET_YAML, metadata.SPLIT_YAML):
+        raise DatasetError(
+            f"{path} has no {metadata.META_FOLDER} folder with {dataset_config} and {split_config}:"
+            f" prepare it with `energon-fn prepare {path}`."
+        )
+    return _open_unprepared(path, split_part)
+
+
+def _open_prepared(
+    folder: str, split_part: str, dataset_config: str, split_config: str, trust: bool
+) -> Source:
+    config = metadata.read_dataset_config(folder, dataset_config, trust)
+    split = metadata.read_split_config(folder, split_config)
+    counts = metadata.read_info(folder)
+    names = split.shards(split_part)
+    for name in names:
+        if name not in counts:
+            raise DatasetError(
+                f"{split.path}: the shard {name!r} of the split part {split_part!r} is not among "
+                f"the {len(counts)} shards that were indexed. Correct its name (relative to "
+                f"{folder}), or prepare the dataset again: `energon-fn prepare {folder}`."
+            )
+    index_path = str(metadata.meta_file(folder, "index.sqlite"))
+    if not has_parts(index_path):  # made by an older release, or not there
+        index_path, found = cached_index(folder, list(counts))
+        for name in names:
+            if found[name] != counts[name]:
+                raise DatasetError(
+                    f"{os.path.join(folder, name)} has {found[name]} samples and had "
+                    f"{counts[name]} when it was prepared. Prepare the dataset again: "
+                    f"`energon-fn prepare {folder}`."
+                )
+    shards = tuple(counts)
+    index = Index(index_path, folder, shards)
+    number = {name: i for i, name in enumerate(shards)}
+    excluded = split.excluded_keys(names)
+    segments: list[Segment] = []
+    for name in names:
+        cuts = _places(index, number[name], excluded.get(name, frozenset()), name)
+        segments += (
+            Segment(number[name], before + 1, after)
+            for before, after in pairwise((-1, *cuts, counts[name]))
+            if before + 1 < after
+        )
+    return Source(
+        folder, split_part, shards, tuple(segments), index,
+        config.sample_type, metadata.to_sample(config), metadata.part_filter(config),
+        config.subflavors,
+    )  # fmt: skip
+
+
+def _places(index: Index, shard: int, keys: frozenset[str], name: str) -> list[int]:
+    """Where in the shard the excluded samples lie, in order."""
+    places: list[int] = []
+    for key in sorted(keys):
+        found = [place for where, place in index.find_all(key) if where == shard]
+        if not found:
+            logger.warning("%s: the excluded sample %s/%s does not exist: check its spelling",
+                           index.root, name, key)
+        places += found
+    return sorted(places)
+
+
+def _open_unprepared(path: str, split_part: str) -> Source:
+    if os.path.isdir(path):
+        root, names = path, files.list_tars(path)
+        if not names:
+            raise DatasetError(
+                f"{path} has neither {metadata.META_FOLDER} nor shards: no file below it ends in "
+                f"{', '.join(files.TAR_SUFFIXES)}. Check the path."
+            )
+    else:
+        found = files.expand(path)
+        root = os.path.commonpath([os.path.dirname(name) for name in found])
+        names = [os.path.relpath(name, root) for name in found]
+    if split_part != "train":
+        raise DatasetError(
+            f"{path} is not prepared, so it has no split part {split_part!r}: all of it is "
+            f"'train'. Run `energon-fn prepare {root}` to split it, or ask for "
+            'split_part="train".'
+        )
+    index_path, counts = cached_index(root, names)
+    shards = tuple(counts)
+    segments = (Segment(i, 0, count) for i, count in enumerate(counts.values()) if count)
+    index = Index(index_path, root, shards, "Open the dataset again: it will be indexed anew.")
+    return Source(root, split_part, shards, tuple(segments), index)

@@ -1,0 +1,348 @@
+"""The stages: pure transformers from an iterator to an iterator.
+
+Each works on any iterable - a list in a notebook, a webdataset pipeline, a Hugging Face dataset -
+and composes with :func:`toolz.pipe`:
+
+>>> from toolz import pipe
+>>> pipe(range(10), encode_sample(lambda n: n * n), batch(4, collate=sum), list)
+[14, 126, 145]
+
+A stage pulls exactly what it needs for the item that it emits, keeps no state outside of
+the generator, and pickles if the functions in it do. Where a user's function is called:
+
+* it may return a value, or be a generator that yields none to many;
+* :class:`~energon_fn.SkipSample` raised in it drops the sample, group or batch at hand.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from itertools import islice
+from types import GeneratorType
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
+
+from energon_fn.collate import collate as default_collate
+from energon_fn.decoding import decoder
+from energon_fn.errors import DatasetError, SkipSample
+from energon_fn.samples import CrudeSample
+
+T = TypeVar("T")
+U = TypeVar("U")
+V = TypeVar("V")
+P = ParamSpec("P")
+
+
+class Stage(Generic[T, U]):
+    """A stage with its arguments, waiting for its items: call it with an iterable."""
+
+    def __init__(
+        self,
+        name: Callable[..., Stage[T, U]],
+        transform: Callable[..., Iterable[U]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ):
+        self._parts = name, transform, args, kwargs
+
+    def __call__(self, items: Iterable[T]) -> Iterable[U]:
+        _, transform, args, kwargs = self._parts
+        return transform(items, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        name, _, args, kwargs = self._parts
+        shown = [getattr(arg, "__name__", repr(arg)) for arg in args]
+        shown += [f"{k}={getattr(v, '__name__', repr(v))}" for k, v in kwargs.items()]
+        return f"{name.__name__}({', '.join(shown)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        name, _, args, kwargs = self._parts
+        return _make, (name, args, kwargs)
+
+
+def _make(name: Callable[..., Stage[T, U]], args: Any, kwargs: Any) -> Stage[T, U]:
+    return name(*args, **kwargs)
+
+
+def stage(
+    transform: Callable[Concatenate[Iterable[T], P], Iterable[U]],
+) -> Callable[P, Stage[T, U]]:
+    """Make ``transform(items, *args)`` a stage: called with ``args``, it waits for its items.
+
+    >>> @stage
+    ... def every(items, n):
+    ...     yield from islice(items, 0, None, n)
+    >>> every(3)
+    every(3)
+    >>> list(every(3)(range(10)))
+    [0, 3, 6, 9]
+    """
+
+    @wraps(transform)
+    def make(*args: P.args, **kwargs: P.kwargs) -> Stage[T, U]:
+        return Stage(make, transform, args, dict(kwargs))
+
+    return make
+
+
+def apply(fn: Callable[[T], U | Iterator[U]], item: T) -> Iterator[U]:
+    """The outputs of a user's function for one item: none, one, or many.
+
+    >>> list(apply(lambda n: n + 1, 1)), list(apply(lambda n: (m for m in range(n)), 3))
+    ([2], [0, 1, 2])
+    """
+    try:
+        result = fn(item)
+        if isinstance(result, GeneratorType):
+            yield from result
+        else:
+            yield cast(U, result)
+    except SkipSample:
+        return
+
+
+@stage
+def encode_sample(items: Iterable[T], fn: Callable[[T], U | Iterator[U]]) -> Iterator[U]:
+    """Transform single samples, say augment the image and tokenize the text.
+
+    >>> def words(text):
+    ...     yield from text.split()
+    >>> list(encode_sample(words)(["a rose", "is a rose"]))
+    ['a', 'rose', 'is', 'a', 'rose']
+    """
+    # apply() written out: this loop is the one that runs for every sample.
+    for item in items:
+        try:
+            result = fn(item)
+            if isinstance(result, GeneratorType):
+                yield from result
+            else:
+                yield cast(U, result)
+        except SkipSample:
+            continue
+
+
+preencode_sample = encode_sample
+"""The part of ``encode_sample`` that runs before packing, on every sample."""
+
+postencode_sample = encode_sample
+"""The part of ``encode_sample`` that runs on the samples that were selected to be packed."""
+
+encode_batch = encode_sample
+"""Transform whole batches, say tokenize all texts at once."""
+
+
+def decode(image: str | None = "torchrgb") -> Stage[dict[str, Any], dict[str, Any]]:
+    """Decode the parts of raw samples by their names; see :mod:`energon_fn.decoding`.
+
+    image: how images come out, one of webdataset's names; None leaves all parts as bytes.
+
+    >>> list(decode()([{"__key__": "7", "txt": b"a rose", "cls": b"3", "raw": b"?"}]))
+    [{'__key__': '7', 'txt': 'a rose', 'cls': 3, 'raw': b'?'}]
+    """
+    return encode_sample(decoder(image))
+
+
+@dataclass(frozen=True)
+class Cooker:
+    """A function that makes a sample of a crude one, and which crude samples it takes.
+
+    has_subflavors: it takes the samples whose ``__subflavors__`` have these entries; None: all.
+    """
+
+    cook: Callable[..., Any]
+    has_subflavors: Mapping[str, Any] | None = None
+
+    def takes(self, sample: Mapping[str, Any]) -> bool:
+        """Whether this cooker is for that sample.
+
+        >>> ocr = Cooker(dict, has_subflavors={"kind": "ocr"})
+        >>> ocr.takes({"__subflavors__": {"kind": "ocr", "year": 2024}}), ocr.takes({})
+        (True, False)
+        """
+        subflavors = sample.get("__subflavors__") or {}
+        wanted = (self.has_subflavors or {}).items()
+        return all(name in subflavors and subflavors[name] == value for name, value in wanted)
+
+
+def find_cooker(sample: Mapping[str, Any], cookers: Sequence[Cooker]) -> Cooker:
+    """The first cooker that takes the crude sample.
+
+    Raises :class:`~energon_fn.DatasetError` if there is none.
+    """
+    for cooker in cookers:
+        if cooker.takes(sample):
+            return cooker
+    raise DatasetError(
+        f"no cooker takes the crude sample {sample.get('__key__')} with subflavors "
+        f"{sample.get('__subflavors__')}: the cookers ask for "
+        f"{[cooker.has_subflavors for cooker in cookers]}. Add a cooker for it to the task "
+        "encoder's `cookers`, or give the dataset a sample type and field map in dataset.yaml."
+    )
+
+
+@stage
+def cook(items: Iterable[Any], cookers: Sequence[Cooker]) -> Iterator[Any]:
+    """Make samples of the crude ones among the items; others pass.
+
+    >>> crude = CrudeSample({"__key__": "7", "txt": "a rose"})
+    >>> list(cook([Cooker(lambda sample: sample["txt"].upper())])([crude, "other"]))
+    ['A ROSE', 'other']
+    """
+    for item in items:
+        if isinstance(item, CrudeSample):
+            yield from apply(find_cooker(item, cookers).cook, item)
+        else:
+            yield item
+
+
+@stage
+def limit(items: Iterable[T], length: int) -> Iterator[T]:
+    """The first ``length`` items.
+
+    >>> list(limit(2)("abc"))
+    ['a', 'b']
+    """
+    return islice(items, length)
+
+
+@stage
+def shuffle(items: Iterable[T], buffer_size: int, seed: int = 0) -> Iterator[T]:
+    """Hold ``buffer_size`` items and emit a random one of them each time.
+
+    The order depends on ``seed`` alone. Datasets shuffle on keys instead (:mod:`energon_fn.plan`),
+    where the buffer holds no samples; this one is for iterables whose future is not known.
+
+    >>> sorted(shuffle(3, seed=1)(range(6)))
+    [0, 1, 2, 3, 4, 5]
+    """
+    chance = random.Random(seed)
+    items = iter(items)
+    buffer = list(islice(items, buffer_size))
+    for item in items:
+        place = chance.randrange(buffer_size)
+        buffer[place], item = item, buffer[place]
+        yield item
+    chance.shuffle(buffer)
+    yield from buffer
+
+
+@stage
+def pack(
+    items: Iterable[T],
+    select: Callable[[list[T]], Iterable[list[T]]],
+    join: Callable[[list[T]], U | Iterator[U]],
+    *,
+    buffer_size: int,
+    postencode: Callable[[T], T | Iterator[T]] | None = None,
+) -> Iterator[U]:
+    """Collect ``buffer_size`` items, select groups of them, and join each group to one item.
+
+    select: list of items -> list of groups (lists); items in no group are dropped.
+    join: group -> packed item. postencode: runs on each selected item before the join.
+    The last buffer holds what remains.
+
+    >>> def up_to_ten(lengths):
+    ...     group, groups = [], []
+    ...     for n in sorted(lengths):
+    ...         if sum(group) + n > 10:
+    ...             groups.append(group)
+    ...             group = []
+    ...         group.append(n)
+    ...     return [*groups, group]
+    >>> list(pack(up_to_ten, tuple, buffer_size=4)([1, 9, 2, 8, 5, 5]))
+    [(1, 2), (8,), (9,), (5, 5)]
+    """
+    items = iter(items)
+    while buffer := list(islice(items, buffer_size)):
+        for groups in apply(select, buffer):
+            for chosen in groups:
+                if postencode is not None:
+                    chosen = list(encode_sample(postencode)(chosen))
+                if chosen:
+                    yield from apply(join, chosen)
+
+
+@stage
+def batch(
+    items: Iterable[T],
+    batch_size: int,
+    collate: Callable[[list[T]], U | Iterator[U]] = default_collate,
+    *,
+    drop_last: bool = False,
+) -> Iterator[U]:
+    """Collate ``batch_size`` items at a time; the last batch may be short, or is dropped.
+
+    collate: list of items -> batch; by default tensors are padded and stacked, others listed.
+
+    >>> list(batch(2, list)("abc")), list(batch(2, list, drop_last=True)("abc"))
+    ([['a', 'b'], ['c']], [['a', 'b']])
+    """
+    items = iter(items)
+    while group := list(islice(items, batch_size)):
+        if len(group) == batch_size or not drop_last:
+            yield from apply(collate, group)
+
+
+@stage
+def group(
+    items: Iterable[T],
+    criterion: Callable[[T], tuple[Hashable, int | None]],
+    batch_size: int | None = None,
+    *,
+    drop_last: bool = False,
+) -> Iterator[list[T]]:
+    """Collect items that share a key to lists: ``criterion(item) -> (key, size)``.
+
+    A list is emitted when it has ``size`` items (None: ``batch_size``), in the end also the short
+    ones, unless they are dropped. Collate with :func:`encode_batch` or any function of lists.
+
+    >>> list(group(lambda n: (n % 2, 2))(range(6)))
+    [[0, 2], [1, 3], [4], [5]]
+    """
+    groups: dict[Hashable, list[T]] = {}
+    for item in items:
+        try:
+            key, size = criterion(item)
+        except SkipSample:
+            continue
+        size = batch_size if size is None else size
+        if size is None:
+            raise ValueError(
+                f"no batch size for the group {key!r}: the criterion gave none and there is no "
+                "common one. Return (key, size), or set batch_size."
+            )
+        members = groups.setdefault(key, [])
+        members.append(item)
+        if len(members) >= size:
+            yield groups.pop(key)
+    if not drop_last:
+        yield from groups.values()
+
+
+class Epochs(Generic[T]):
+    """Items cut to epochs: each iteration gives the next ``length`` of them."""
+
+    def __init__(self, items: Iterable[T], length: int):
+        self._items, self._length = iter(items), length
+
+    def __iter__(self) -> Iterator[T]:
+        return islice(self._items, self._length)
+
+    def __len__(self) -> int:
+        return self._length
+
+
+@stage
+def epochize(items: Iterable[T], length: int) -> Epochs[T]:
+    """Cut an endless stream to virtual epochs of ``length`` items.
+
+    Each iteration over the result goes on where the last one ended.
+
+    >>> epochs = epochize(2)(range(5))
+    >>> [list(epochs), list(epochs), list(epochs)]
+    [[0, 1], [2, 3], [4]]
+    """
+    return Epochs(items, length)

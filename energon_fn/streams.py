@@ -1,0 +1,132 @@
+"""Streams: iterators that can go on from where they were.
+
+A *stream* is a function ``state -> Iterator[(value, state_after)]``, the state being plain data and
+``None`` the beginning. The law that holds everything together:
+
+    for every k, ``stream(state_k)`` yields what ``stream(None)`` yields after its k-th item.
+
+Two lifts turn stages, which know nothing of states, into streams: :func:`resumable` for stages that
+empty themselves now and then, :func:`holding` for those that always keep something back. Both
+stay lazy: what a stage pulls for an item is pulled for that item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from energon_fn import seeds
+from energon_fn.errors import FatalSampleError
+
+T = TypeVar("T")
+U = TypeVar("U")
+State = Any
+"""Plain data: ints, strings, None and tuples of them."""
+Stream = Callable[[State], Iterator[tuple[T, State]]]
+Stage = Callable[[Iterator[T]], Iterable[U]]
+
+
+def resumable(stage: Stage[T, U], upstream: Stream[T], patience: int | None = None) -> Stream[U]:
+    """Lift a stage that holds nothing whenever it pulls after it has emitted.
+
+    Per-item stages (map, filter, one to many), ``batch`` and ``pack`` are of this kind: they pull a
+    run of items, emit what comes of them, and start anew. The state is ``(where the run began,
+    how many of its outputs were delivered)``; going on replays that one run. After ``patience``
+    items without an output :class:`~energon_fn.FatalSampleError` is raised.
+
+    >>> def numbers(state):
+    ...     for n in range(state or 0, 7):
+    ...         yield n, n + 1
+    >>> def pairs(items):
+    ...     for first in items:
+    ...         yield (first, next(items, None))
+    >>> stream = resumable(pairs, numbers)
+    >>> values, states = zip(*stream(None))
+    >>> values
+    ((0, 1), (2, 3), (4, 5), (6, None))
+    >>> states[1]
+    (2, 1)
+    >>> [value for value, state in stream(states[1])]
+    [(4, 5), (6, None)]
+    """
+
+    def stream(state: State = None) -> Iterator[tuple[U, State]]:
+        run, drop = state or (None, 0)
+        last, emitted, pulled = run, 0, 0
+        items = upstream(run)
+
+        def pull() -> Iterator[T]:
+            nonlocal run, last, drop, emitted, pulled
+            while True:
+                if emitted:  # a new run begins
+                    run, drop, emitted, pulled = last, 0, 0, 0
+                elif pulled == patience:
+                    raise FatalSampleError(
+                        f"nothing came of {pulled} items in a row: all of them were skipped, or no "
+                        "batch could be filled. See the log for failures, and the functions that "
+                        "raise SkipSample."
+                    )
+                pulled += 1
+                item = next(items, None)
+                if item is None:
+                    return
+                last = item[1]
+                seeds.at(last)
+                yield item[0]
+
+        for output in stage(pull()):
+            emitted += 1
+            if emitted > drop:
+                yield output, (run, emitted)
+
+    return stream
+
+
+def holding(stage: Stage[T, list[T]], upstream: Stream[T]) -> Stream[list[T]]:
+    """Lift a stage that sorts its items into lists and may keep some back for ever.
+
+    The state is ``(upstream's state, the states in front of the items held)``: going on, each held
+    item is made again from its own state and handed to the stage first, in the old order. Every
+    item that comes in must be an object of its own and go out in one list.
+
+    >>> def numbers(state):
+    ...     for n in range(state or 0, 9):
+    ...         yield [n], n + 1
+    >>> def by_parity(items):
+    ...     bins = [], []
+    ...     for item in items:
+    ...         bins[item[0] % 2].append(item)
+    ...         if item[0] % 3 == 2:
+    ...             yield bins[item[0] % 2][:]
+    ...             bins[item[0] % 2].clear()
+    >>> stream = holding(by_parity, numbers)
+    >>> values, states = zip(*stream(None))
+    >>> values
+    ([[0], [2]], [[1], [3], [5]], [[4], [6], [8]])
+    >>> states[1]
+    (6, (4,))
+    >>> [value for value, state in stream(states[1])]
+    [[[4], [6], [8]]]
+    """
+
+    def stream(state: State = None) -> Iterator[tuple[list[T], State]]:
+        last, before = state or (None, ())
+        held: dict[int, State] = {}
+
+        def pull() -> Iterator[T]:
+            nonlocal last
+            for origin in before:
+                item, _ = next(upstream(origin))
+                held[id(item)] = origin
+                yield item
+            for item, after in upstream(last):
+                held[id(item)], last = last, after
+                seeds.at(after)
+                yield item
+
+        for output in stage(pull()):
+            for item in output:
+                del held[id(item)]
+            yield output, (last, tuple(held.values()))
+
+    return stream

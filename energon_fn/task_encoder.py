@@ -1,0 +1,245 @@
+"""The task encoder: a class whose methods say how raw samples become training batches.
+
+This is the documented way to write a pipeline, and only a thin adapter: :func:`stages_of` maps the
+methods that a user has overridden to the functions of :mod:`energon_fn.stages`. A method that is
+not overridden is not called.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, ClassVar, Protocol, TypeVar, cast, overload
+
+from energon_fn.collate import collate, generic_batch
+from energon_fn.samples import CrudeSample
+from energon_fn.stages import Cooker
+
+T_sample = TypeVar("T_sample", contravariant=True)
+T_encoded_sample = TypeVar("T_encoded_sample")
+T_raw_batch = TypeVar("T_raw_batch")
+T_batch = TypeVar("T_batch", covariant=True)
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class TaskEncoder(Protocol[T_sample, T_encoded_sample, T_raw_batch, T_batch]):
+    """The methods of a task encoder, each with its default. An object that has some of them is one.
+
+    Any of them may be a generator and yield none to many results, and may raise
+    :class:`~energon_fn.SkipSample`. ``encode_sample`` and the pair ``preencode_sample``,
+    ``postencode_sample`` exclude each other.
+    """
+
+    cookers: ClassVar[Sequence[Cooker]] = ()
+    decoder: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+
+    def cook_crude_sample(self, sample: CrudeSample, cooker: Cooker, aux: dict[str, Any]) -> Any:
+        """Make a sample of a crude one, by the cooker that was found for it."""
+        return cooker.cook(sample, **aux)
+
+    def encode_sample(self, sample: T_sample) -> T_encoded_sample | Iterator[T_encoded_sample]:
+        """Transform a sample: augment, tokenize, ..."""
+        return cast("T_encoded_sample", sample)
+
+    def preencode_sample(self, sample: T_sample) -> Any:
+        """The first half of ``encode_sample``: what packing needs to know, its length say."""
+        return sample
+
+    def postencode_sample(self, sample: Any) -> T_encoded_sample | Iterator[T_encoded_sample]:
+        """The second half of ``encode_sample``, which only selected samples go through."""
+        return cast("T_encoded_sample", sample)
+
+    def select_samples_to_pack(
+        self, samples: list[T_encoded_sample]
+    ) -> list[list[T_encoded_sample]]:
+        """Select the groups of samples that are to be packed to one each."""
+        raise TypeError("packing needs select_samples_to_pack: override it.")
+
+    def pack_selected_samples(self, samples: list[T_encoded_sample]) -> T_encoded_sample:
+        """Pack a group of samples to one."""
+        raise TypeError("packing needs pack_selected_samples: override it.")
+
+    def batch_group_criterion(self, sample: T_encoded_sample) -> tuple[Hashable, int | None]:
+        """``(key, batch size or None)``: only samples of the same key share a batch."""
+        return None, None
+
+    def batch(self, samples: list[T_encoded_sample]) -> T_raw_batch:
+        """Collate samples to a batch: tensors padded and stacked, everything else listed."""
+        return cast("T_raw_batch", collate(samples))
+
+    def encode_batch(self, batch_data: T_raw_batch) -> T_batch | Iterator[T_batch]:
+        """Transform a batch: tokenize all texts at once, ..."""
+        return cast("T_batch", batch_data)
+
+
+class DefaultTaskEncoder(TaskEncoder[T_sample, T_encoded_sample, T_raw_batch, T_batch]):
+    """What to derive a task encoder from; works as it is.
+
+    encoded_sample_type, raw_batch_type, batch_type: the types that the default ``encode_sample``,
+    ``batch`` and ``encode_batch`` give: a dataclass, whose fields are taken from what comes in, or
+    dict. None keeps the type that comes in. Without a ``raw_batch_type``, ``batch`` gives
+    ``batch_type``.
+
+    >>> from energon_fn import TextSample
+    >>> class Upper(DefaultTaskEncoder):
+    ...     def encode_sample(self, sample):
+    ...         sample.text = sample.text.upper()
+    ...         return sample
+    >>> encoder = Upper(batch_type=dict)
+    >>> encoder.batch([encoder.encode_sample(TextSample(__key__="1", text="a rose"))])["text"]
+    ['A ROSE']
+    """
+
+    # On the class, so that a subclass need not call __init__.
+    _encoded_sample_type: type[Any] | None = None
+    _raw_batch_type: type[Any] | None = None
+    _batch_type: type[Any] | None = None
+
+    def __init__(
+        self,
+        *,
+        encoded_sample_type: type[T_encoded_sample] | None = None,
+        raw_batch_type: type[T_raw_batch] | None = None,
+        batch_type: type[Any] | None = None,
+    ):
+        self._encoded_sample_type = encoded_sample_type
+        self._raw_batch_type = raw_batch_type
+        self._batch_type = batch_type
+
+    def encode_sample(self, sample: T_sample) -> T_encoded_sample | Iterator[T_encoded_sample]:
+        return cast("T_encoded_sample", convert(sample, self._encoded_sample_type))
+
+    def batch(self, samples: list[T_encoded_sample]) -> T_raw_batch:
+        return self._batch(samples, self._raw_batch_type or self._batch_type)
+
+    def encode_batch(self, batch_data: T_raw_batch) -> T_batch | Iterator[T_batch]:
+        return cast("T_batch", convert(batch_data, self._batch_type))
+
+    def _batch(
+        self,
+        samples: list[T_encoded_sample],
+        result_type: type[T_raw_batch] | None = None,
+        actions: dict[str, Callable[[list[Any]], Any]] | None = None,
+        default_action: Callable[[list[Any]], Any] = generic_batch,
+    ) -> T_raw_batch:
+        """Collate ``samples`` field by field; see :func:`energon_fn.collate.collate`."""
+        return cast("T_raw_batch", collate(samples, result_type, actions, default_action))
+
+
+def _delegate(name: str) -> Any:
+    def method(self: AugmentTaskEncoder[Any, Any, Any, Any], *args: Any) -> Any:
+        return getattr(self._task_encoder, name)(*args)
+
+    method.__name__ = name
+    method.delegates = True  # type: ignore[attr-defined]  # read by method_of
+    return method
+
+
+class AugmentTaskEncoder(DefaultTaskEncoder[T_sample, T_encoded_sample, T_raw_batch, T_batch]):
+    """A task encoder that goes before or after the methods of another one.
+
+    >>> from energon_fn import TextSample
+    >>> class Shout(AugmentTaskEncoder):
+    ...     def encode_sample(self, sample):
+    ...         sample.text += "!"
+    ...         return super().encode_sample(sample)
+    >>> shout = Shout(DefaultTaskEncoder(encoded_sample_type=dict))
+    >>> shout.encode_sample(TextSample(__key__="1", text="a rose"))["text"]
+    'a rose!'
+    """
+
+    def __init__(self, task_encoder: TaskEncoder[T_sample, T_encoded_sample, T_raw_batch, T_batch]):
+        self._task_encoder = task_encoder
+        self.cookers = task_encoder.cookers  # type: ignore[misc]  # the wrapped encoder's
+        self.decoder = task_encoder.decoder
+
+    cook_crude_sample = _delegate("cook_crude_sample")
+    encode_sample = _delegate("encode_sample")
+    preencode_sample = _delegate("preencode_sample")
+    postencode_sample = _delegate("postencode_sample")
+    select_samples_to_pack = _delegate("select_samples_to_pack")
+    pack_selected_samples = _delegate("pack_selected_samples")
+    batch_group_criterion = _delegate("batch_group_criterion")
+    batch = _delegate("batch")
+    encode_batch = _delegate("encode_batch")
+    _batch = _delegate("_batch")
+
+
+def convert(thing: Any, result_type: type[Any] | None) -> Any:
+    """``thing`` as a ``result_type`` made of its fields; as it is where the type is None or fits.
+
+    >>> from energon_fn import CaptioningSample, TextSample
+    >>> sample = CaptioningSample(__key__="1", image=None, caption="a rose")
+    >>> convert(sample, dict)["caption"]
+    'a rose'
+    """
+    if result_type is None or isinstance(thing, result_type):
+        return thing
+    fields = thing if isinstance(thing, dict) else vars(thing)
+    if dataclasses.is_dataclass(result_type):
+        names = [field.name for field in dataclasses.fields(result_type) if field.init]
+        return result_type(**{name: fields[name] for name in names if name in fields})
+    return result_type(**fields)
+
+
+@overload
+def stateless(
+    fn: None = None, *, restore_seeds: bool = False, failure_tolerance: int | None = None
+) -> Callable[[F], F]: ...
+@overload
+def stateless(fn: F, *, restore_seeds: bool = False, failure_tolerance: int | None = None) -> F: ...
+def stateless(
+    fn: F | None = None, *, restore_seeds: bool = False, failure_tolerance: int | None = None
+) -> F | Callable[[F], F]:
+    """Declare that a method's result depends on its argument alone.
+
+    Without it a method is seeded for every call, so that its random numbers depend on the sample
+    and the epoch only. ``@stateless`` says that it draws none, which spares the seeding;
+    ``@stateless(restore_seeds=True)`` that it does.
+    failure_tolerance: how many failures of this method in a row end the run.
+
+    >>> @stateless(failure_tolerance=10)
+    ... def encode_sample(self, sample): ...
+    """
+
+    def mark(fn: F) -> F:
+        fn.__dict__.update(_draws=restore_seeds, _failure_tolerance=failure_tolerance)
+        return fn
+
+    return mark if fn is None else mark(fn)
+
+
+METHODS = tuple(
+    name for name, thing in vars(TaskEncoder).items() if callable(thing) and name[0] != "_"
+)
+"""The names of a task encoder's methods."""
+
+
+def method_of(encoder: Any, name: str) -> Callable[..., Any] | None:
+    """The user's method of that name, or None where there is only the default.
+
+    >>> method_of(DefaultTaskEncoder(), "encode_batch") is None
+    True
+    """
+    method = getattr(encoder, name, None)
+    function = getattr(method, "__func__", method)
+    if getattr(function, "delegates", False):
+        return method if method_of(encoder._task_encoder, name) else None
+    if function in (getattr(TaskEncoder, name), getattr(DefaultTaskEncoder, name)):
+        types = {
+            "encode_sample": ("_encoded_sample_type",),
+            "batch": ("_raw_batch_type", "_batch_type"),
+            "encode_batch": ("_batch_type",),
+        }
+        if not any(getattr(encoder, attribute, None) for attribute in types.get(name, ())):
+            return None
+    return cast("Callable[..., Any] | None", method)
+
+
+def marks_of(encoder: Any, name: str) -> tuple[bool, int | None]:
+    """What ``@stateless`` said of a method: whether it draws random numbers, its tolerance."""
+    method = getattr(encoder, name, None)
+    marks = getattr(getattr(method, "__func__", method), "__dict__", {})
+    if marks.get("delegates"):
+        return marks_of(encoder._task_encoder, name)
+    return marks.get("_draws", True), marks.get("_failure_tolerance")
