@@ -26,6 +26,7 @@ from energon_fn.errors import (
     IgnoreSample,
     SampleError,
     SkipSample,
+    WorkerError,
     log_exception,
     reraise_exception,
 )
@@ -103,6 +104,7 @@ __all__ = [
     "VQASample",
     "VidQASample",
     "WorkerConfig",
+    "WorkerError",
     "basic_sample_keys",
     "batch",
     "batch_list",

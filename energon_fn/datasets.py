@@ -49,14 +49,16 @@ class Dataset(Generic[T]):
     virtual: bool
     """The next iteration goes on where the last one ended (a virtual epoch)."""
 
-    def stream(self, lane: int, epoch: int = 0) -> Stream[T]:
+    def lane_stream(self, lane: int, epoch: int = 0) -> Stream[T]:
         """The stream of one lane: ``state -> Iterator[(batch, state after it)]``.
 
-        epoch: where the plan begins if the state is None.
+        epoch: where the plan begins if the state is None. Without a shuffle every epoch is the
+        first one, so that validation is always the same, augmentations included.
         """
+        begin = (epoch if self.plan.shuffle else 0, 0)
 
         def keys(state: State) -> Iterator[tuple[plan.Key, State]]:
-            return plan.keys(self.plan, lane, state or (epoch, 0))
+            return plan.keys(self.plan, lane, state or begin)
 
         lifted: Stream[T] = pipe(keys, *lifts(self))
         return lifted

@@ -42,7 +42,7 @@ class SkipSample(BaseException):
     ...     if n % 2:
     ...         raise SkipSample
     ...     return n
-    >>> list(encode_sample(only_even, range(6)))
+    >>> list(encode_sample(only_even)(range(6)))
     [0, 2, 4]
     """
 
@@ -61,6 +61,10 @@ class SampleError(Exception):
 
 class FatalSampleError(Exception):
     """Too many samples in a row failed: the fault is not in single samples."""
+
+
+class WorkerError(Exception):
+    """Worker processes died more often than is made good."""
 
 
 def log_exception(

@@ -8,15 +8,12 @@ deliver. So what is delivered, and in which order, does not depend on how many w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from energon_fn.errors import ErrorHandler, log_exception
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,30 +95,3 @@ class WorkerConfig:
 def default_worker_config(num_workers: int = 4, data_parallel_group: Any = None) -> WorkerConfig:
     """:meth:`WorkerConfig.default_worker_config` as a function."""
     return WorkerConfig.default_worker_config(num_workers, data_parallel_group)
-
-
-def worker_slots(lanes: Sequence[int], workers: int, worker: int) -> list[int | None]:
-    """The lanes of one of ``workers`` workers, None for a turn with no lane.
-
-    Workers are asked in turn; the lanes that they name then are ``lanes``, in order.
-
-    >>> [worker_slots((0, 1, 2), 2, worker) for worker in range(2)]
-    [[0, 2], [1, None]]
-    """
-    slots: list[int | None] = [*lanes, *[None] * (-len(lanes) % workers)]
-    return slots[worker::workers]
-
-
-def take_turns(streams: Sequence[Iterator[T] | None]) -> Iterator[tuple[int, T | None]]:
-    """``(number of the stream, item)`` of each stream in turn, None for one that has ended.
-
-    >>> list(take_turns([iter("ab"), iter("c")]))
-    [(0, 'a'), (1, 'c'), (0, 'b'), (1, None), (0, None)]
-    """
-    running = list(streams)
-    while any(stream is not None for stream in running):
-        for number, stream in enumerate(running):
-            item = None if stream is None else next(stream, None)
-            if item is None:
-                running[number] = None
-            yield number, item

@@ -1,5 +1,6 @@
 """Loaders over real shards and real worker processes: nothing lost, nothing twice, in order."""
 
+import dataclasses
 import itertools
 import logging
 import random
@@ -72,6 +73,12 @@ class Packing(Skipping):
 
     def pack_selected_samples(self, samples: list[int]) -> Any:
         return tuple(samples)
+
+
+@dataclasses.dataclass
+class Plain:
+    __key__: list[str]
+    n: torch.Tensor
 
 
 class Grouping(Numbers):
@@ -426,3 +433,30 @@ def test_loader_and_dataset_must_agree_on_lanes_and_seed(folder: Path) -> None:
     assert get_loader(dataset, worker_config=one_lane).dataset.worker_config == one_lane
     with pytest.raises(ValueError, match="prefetch_factor is 0"):
         get_loader(dataset, prefetch_factor=0)
+
+
+def test_batches_are_pinned_in_the_training_process(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tensors(Numbers):
+        def batch(self, samples: list[int]) -> Any:
+            return Plain(["key"] * len(samples), torch.tensor(samples))
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *args: tensor + 1000)
+    loader = val(folder, task_encoder=Tensors())
+    assert [batch.n.tolist() for batch in itertools.islice(loader, 2)] == [
+        [1000, 1001, 1002],
+        [1003, 1004, 1005],
+    ]
+    assert next(iter(loader)).__key__ == ["key"] * 3
+
+
+def test_what_cannot_be_sent_from_a_worker_is_an_error_not_a_hang(folder: Path) -> None:
+    class Unsendable(Numbers):
+        def batch(self, samples: list[int]) -> Any:
+            return lambda: samples
+
+    config = WorkerConfig(rank=0, world_size=1, num_workers=1)
+    with pytest.raises(TypeError, match="a batch of type function cannot be sent from a worker"):
+        next(iter(val(folder, config, task_encoder=Unsendable())))

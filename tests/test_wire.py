@@ -1,0 +1,115 @@
+"""Messages arrive as they were sent, in memory of the receiver's own."""
+
+import os
+import threading
+from socket import socket, socketpair
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from energon_fn import wire
+
+DTYPES = [
+    torch.uint8,
+    torch.int64,
+    torch.float32,
+    torch.bfloat16,
+    torch.bool,
+    torch.complex64,
+]
+
+
+def through(thing: Any) -> Any:
+    here, there = socketpair()
+    with here, there:
+        sender = threading.Thread(target=wire.send, args=(here, thing))
+        sender.start()
+        received = wire.receive(there)
+        sender.join()
+    return received
+
+
+@given(
+    shape=st.lists(st.integers(0, 60), max_size=3),
+    dtype=st.sampled_from(DTYPES),
+    transposed=st.booleans(),
+)
+def test_tensors_arrive_equal(shape: list[int], dtype: torch.dtype, transposed: bool) -> None:
+    tensor = torch.arange(int(np.prod(shape))).view(shape).to(dtype)
+    if transposed and len(shape) > 1:
+        tensor = tensor.transpose(0, 1)
+    found = through({"tensor": tensor, "array": tensor.real.float().numpy()})
+    assert found["tensor"].dtype == dtype
+    assert torch.equal(found["tensor"], tensor)
+    assert np.array_equal(found["array"], tensor.real.float().numpy())
+
+
+@pytest.mark.parametrize("size", [10, 1000, 100_000])
+def test_what_arrives_can_be_written_to_and_outlives_its_message(size: int) -> None:
+    found = [through([torch.full((size,), n), np.full(size, n)]) for n in range(3)]
+    found[0][0][:] = 7
+    found[0][1][:] = 7
+    for n, (tensor, array) in enumerate(found):
+        assert (tensor == (n or 7)).all()
+        assert (array == (n or 7)).all()
+
+
+def test_special_tensors_arrive_too() -> None:
+    wanting_gradients = torch.rand(3, requires_grad=True)
+    sparse = torch.eye(4).to_sparse()
+    again, sparse_again = through((wanting_gradients, sparse))
+    assert again.requires_grad
+    assert torch.equal(again, wanting_gradients)
+    assert torch.equal(sparse_again.to_dense(), torch.eye(4))
+
+
+def test_a_thing_that_is_there_twice_stays_one_thing() -> None:
+    tensor = torch.zeros(5)
+    first, second = through([tensor, tensor])
+    assert first is second
+
+
+def test_no_descriptor_stays_open_once_the_tensors_are_gone() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    found = [through(torch.zeros(100_000)) for _ in range(5)]
+    assert len(os.listdir("/proc/self/fd")) <= before + 5
+    del found
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_end_of_the_other_side_is_told_wherever_it_comes() -> None:
+    def record(thing: Any) -> bytes:
+        here, there = socketpair()
+        with here, there:
+            wire.send(here, thing)
+            return there.recv(1 << 20)
+
+    whole = record({"text": "a rose", "tensor": torch.arange(9)})
+    for length in range(0, len(whole), 7):
+        here, there = socketpair()
+        with there:
+            here.sendall(whole[:length])
+            here.close()
+            with pytest.raises(EOFError):
+                wire.receive(there)
+
+
+def test_without_shared_memory_all_goes_through_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    sent: list[Any] = []
+    monkeypatch.setattr(wire, "send_fds", lambda *args: sent.append(args))
+    assert torch.equal(through(torch.arange(100_000)), torch.arange(100_000))
+    assert not sent
+
+
+def test_sockets_are_the_only_thing_needed() -> None:
+    here, there = socketpair()
+    assert isinstance(here, socket)
+    with here, there:
+        for n in range(100):  # small messages wait in the socket
+            wire.send(here, n)
+        assert [wire.receive(there) for _ in range(100)] == list(range(100))

@@ -1,0 +1,265 @@
+"""Workers that are killed, exit, fail, or are left: the stream goes on, and nobody stays behind."""
+
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import shards
+
+from energon_fn import (
+    DefaultTaskEncoder,
+    WorkerConfig,
+    WorkerError,
+    get_loader,
+    get_train_dataset,
+    get_val_dataset,
+    reraise_exception,
+)
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data")
+    shards(path, (50, 50))
+    return path
+
+
+class Numbers(DefaultTaskEncoder[Any, Any, Any, Any]):
+    def encode_sample(self, sample: Any) -> tuple[int, float]:
+        return sample["json"]["n"], random.random()
+
+    def batch(self, samples: list[Any]) -> list[Any]:
+        return samples
+
+
+class Exiting(Numbers):
+    """The first process to come to the 30th sample exits, as long as there is a file to remove."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def encode_sample(self, sample: Any) -> tuple[int, float]:
+        if sample["json"]["n"] == 30 and self.marker.exists():
+            self.marker.unlink()
+            sys.exit(3)
+        return super().encode_sample(sample)
+
+
+class Dying(Numbers):
+    def encode_sample(self, sample: Any) -> tuple[int, float]:
+        if sample["json"]["n"] == 30:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode_sample(sample)
+
+
+class SpecialError(Exception):
+    def __init__(self, code: int, reason: str):  # does not unpickle by its one message
+        super().__init__(f"{reason} ({code})")
+
+
+class Failing(Numbers):
+    error: Exception
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+    def encode_sample(self, sample: Any) -> Any:
+        if sample["json"]["n"] == 5:
+            raise self.error
+        return super().encode_sample(sample)
+
+
+def config(workers: int, lanes: int = 4, **options: Any) -> WorkerConfig:
+    return WorkerConfig(rank=0, world_size=1, num_workers=workers, lanes=lanes, **options)
+
+
+def train(folder: Path, workers: int, encoder: Any = None, **options: Any) -> Any:
+    dataset = get_train_dataset(
+        folder,
+        batch_size=3,
+        shuffle_buffer_size=20,
+        max_samples_per_sequence=10,
+        worker_config=config(workers),
+        task_encoder=encoder or Numbers(),
+    )
+    return get_loader(dataset, **options)
+
+
+def val(folder: Path, workers: int, encoder: Any, **options: Any) -> Any:
+    dataset = get_val_dataset(
+        folder,
+        batch_size=3,
+        split_part="train",
+        worker_config=config(workers, **options),
+        task_encoder=encoder,
+    )
+    return get_loader(dataset)
+
+
+def children() -> set[int]:
+    return {child.pid or 0 for child in multiprocessing.active_children()}
+
+
+def wait_for(condition: Any, seconds: float = 20) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+
+
+def test_killing_workers_at_random_changes_nothing(folder: Path) -> None:
+    whole = list(itertools.islice(train(folder, 0), 150))
+    before, chance, found = children(), random.Random(1), []
+    loader = train(folder, 2, max_worker_restarts=1000)
+    for batch in itertools.islice(loader, 150):
+        found.append(batch)
+        if chance.random() < 0.15:
+            os.kill(chance.choice(sorted(children() - before)), signal.SIGKILL)
+            time.sleep(chance.random() / 50)
+    assert found == whole
+
+
+def test_a_worker_that_exits_is_started_again(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "marker").touch()
+    found = list(val(folder, 2, Exiting(tmp_path / "marker")))
+    assert [n for batch in found for n, _ in batch] == list(range(100))
+    assert "exited with 3" in caplog.text
+
+
+def test_deaths_without_end_are_an_error(folder: Path) -> None:
+    before = children()
+    with pytest.raises(WorkerError, match="killed by SIGKILL.*max_worker_restarts"):
+        list(val(folder, 2, Dying()))
+    assert wait_for(lambda: children() == before)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_arrive_as_what_they_are(folder: Path, workers: int) -> None:
+    handled = {"global_error_handler": reraise_exception}
+    with pytest.raises(ZeroDivisionError, match="by five") as caught:
+        list(val(folder, workers, Failing(ZeroDivisionError("by five")), **handled))
+    notes = "".join(caught.value.__notes__)
+    assert "encode_sample of sample 00005" in notes
+    if workers:
+        assert 'test_workers.py", line' in notes
+    with pytest.raises((SpecialError, RuntimeError), match=r"odd \(7\)"):
+        list(val(folder, workers, Failing(SpecialError(7, "odd")), **handled))
+    with pytest.raises(EOFError, match="mine"):  # not to be taken for a connection's end
+        list(val(folder, workers, Failing(EOFError("mine")), **handled))
+
+
+def test_workers_stay_for_the_next_epoch_and_go_with_the_loader(folder: Path) -> None:
+    before = children()
+    loader = val(folder, 2, Numbers())
+    first = list(loader)
+    workers = children() - before
+    assert len(workers) == 2
+    assert list(loader) == first
+    assert children() - before == workers
+    del loader
+    assert wait_for(lambda: children() == before)
+
+
+def test_an_exception_in_the_training_loop_leaves_no_worker(folder: Path) -> None:
+    before = children()
+
+    def training() -> None:
+        for _ in train(folder, 2):
+            raise RuntimeError("loss is nan")
+
+    with pytest.raises(RuntimeError, match="loss is nan"):
+        training()
+    assert wait_for(lambda: children() == before)
+
+
+def test_closing_a_loader_keeps_its_place(folder: Path) -> None:
+    whole = list(itertools.islice(train(folder, 0), 20))
+    loader, before = train(folder, 2), children()
+    found = list(itertools.islice(loader, 7))
+    loader.close()
+    assert children() == before
+    assert found + list(itertools.islice(loader, 13)) == whole
+
+
+def test_spawned_workers_do_the_same(folder: Path) -> None:
+    loader = train(folder, 2, multiprocessing_context="spawn")
+    expected = list(itertools.islice(train(folder, 0), 12))
+    assert list(itertools.islice(loader, 12)) == expected
+
+
+class Counting(Numbers):
+    def __init__(self, file: Path):
+        self.file = file
+
+    def batch(self, samples: list[Any]) -> Iterator[Any]:  # type: ignore[override]
+        with self.file.open("a") as file:
+            file.write(".")
+        yield torch.zeros(200_000)
+
+
+def test_a_slow_consumer_bounds_what_is_made_ahead(folder: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    loader = iter(train(folder, 2, Counting(made), prefetch_factor=3))
+    for received in (1, 2, 3):
+        next(loader)
+        time.sleep(0.3)
+        assert len(made.read_text()) <= 2 * 3 + received + 2
+
+
+SCRIPT = """
+import os, sys, time
+sys.path.insert(0, {here!r})
+from test_workers import Numbers, children, train
+from pathlib import Path
+loader = train(Path({folder!r}), 2)
+for n, batch in enumerate(loader):
+    if n == 3:
+        print(*children(), flush=True)
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nobody_outlives_the_training_process(folder: Path, how: signal.Signals) -> None:
+    script = textwrap.dedent(SCRIPT.format(here=str(HERE), folder=str(folder)))
+    before = set(os.listdir("/dev/shm"))
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as training:
+        assert training.stdout is not None
+        assert training.stderr is not None
+        workers = [int(pid) for pid in training.stdout.readline().split()]
+        assert len(workers) == 2
+        assert all(map(alive, workers))
+        os.kill(training.pid, how)
+        training.wait(20)
+        said = training.stderr.read()
+    assert wait_for(lambda: not any(map(alive, workers)))
+    assert set(os.listdir("/dev/shm")) <= before
+    if how == signal.SIGINT:
+        assert said.rstrip().endswith("KeyboardInterrupt")
+        assert said.count("Traceback") == 1
