@@ -5,7 +5,7 @@ transform them, from iterator to iterator; ``lanes`` say who runs which stream. 
 show the data's way; this one lists the public names.
 """
 
-from energon_fn.collate import (
+from energon_fn.collation import (
     batch_list,
     batch_pad_stack,
     batch_stack,
@@ -32,6 +32,7 @@ from energon_fn.errors import (
 )
 from energon_fn.lanes import WorkerConfig, default_worker_config
 from energon_fn.loader import Loader, get_loader
+from energon_fn.prepare import BaseWebdatasetFactory, prepare_dataset, write_dataset_yaml
 from energon_fn.samples import (
     Batch,
     CaptioningSample,
@@ -51,6 +52,7 @@ from energon_fn.samples import (
     basic_sample_keys,
     edataclass,
 )
+from energon_fn.sheet import contact_sheet
 from energon_fn.source import Source, open_source
 from energon_fn.stages import (
     Cooker,
@@ -77,6 +79,7 @@ from energon_fn.task_encoder import (
 
 __all__ = [
     "AugmentTaskEncoder",
+    "BaseWebdatasetFactory",
     "Batch",
     "CaptioningSample",
     "Cooker",
@@ -111,6 +114,7 @@ __all__ = [
     "batch_pad_stack",
     "batch_stack",
     "collate",
+    "contact_sheet",
     "cook",
     "decode",
     "decode_part",
@@ -133,8 +137,10 @@ __all__ = [
     "pack",
     "postencode_sample",
     "preencode_sample",
+    "prepare_dataset",
     "reraise_exception",
     "shuffle",
     "stage",
     "stateless",
+    "write_dataset_yaml",
 ]

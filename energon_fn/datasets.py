@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 from toolz import pipe
 
 from energon_fn import plan, seeds, stages
-from energon_fn.collate import collate
+from energon_fn.collation import collate
 from energon_fn.decoding import decoder as make_decoder
 from energon_fn.errors import DatasetError
 from energon_fn.guard import guarded

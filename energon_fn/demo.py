@@ -1,4 +1,8 @@
-"""The demo: a small captioned picture dataset that is drawn on the spot."""
+"""The demo: a small captioned picture dataset that is drawn on the spot, and a run over it.
+
+:class:`CaptioningTaskEncoder` is there to be copied: it augments and tokenizes single samples,
+packs several into one sequence, and makes batches that a model can be trained on.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,34 @@ import json
 import math
 import os
 import random
-from collections.abc import Iterable
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, ImageDraw
+from torch.nn.functional import interpolate, pad
+from tqdm import tqdm
 
-from .files import write_atomic
+from energon_fn import (
+    Batch,
+    CaptioningSample,
+    DatasetError,
+    DefaultTaskEncoder,
+    Sample,
+    SkipSample,
+    WorkerConfig,
+    edataclass,
+    get_loader,
+    get_train_dataset,
+    open_source,
+)
+from energon_fn.files import write_atomic
+from energon_fn.metadata import read_info
+from energon_fn.prepare import prepare_dataset, write_dataset_yaml
+from energon_fn.sheet import contact_sheet
 
 Point = tuple[float, float]
 Color = tuple[int, int, int]
@@ -230,3 +256,244 @@ def build_demo(
                 tar.write(_sample(seed, index))
         write_atomic(os.path.join(folder, name), file.getvalue())
     return names
+
+
+# --- the task encoder -----------------------------------------------------------------------------
+
+PADDING, IMAGE, END, UNKNOWN = range(4)  # what a token can be besides a word
+
+
+class WordTokenizer:
+    """A tokenizer of whole words, to stand for a real one.
+
+    >>> tokenizer = WordTokenizer(["cat", "a"])
+    >>> tokenizer.encode("a black cat"), tokenizer.decode([4, 3, 5])
+    ([4, 3, 5], 'a <unknown> cat')
+    """
+
+    def __init__(self, words: Iterable[str]):
+        self.words = ["<padding>", "<image>", "<end>", "<unknown>", *sorted(set(words))]
+        self.ids = {word: token for token, word in enumerate(self.words)}
+
+    def encode(self, text: str) -> list[int]:
+        return [self.ids.get(word, UNKNOWN) for word in text.replace(",", " ,").split()]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return " ".join(self.words[token] for token in tokens).replace(" ,", ",")
+
+
+@edataclass
+class EncodedSample(Sample):
+    """One captioned picture; or, packed, several of them in one sequence."""
+
+    # (n, 3, size, size), float in 0..1
+    images: torch.Tensor
+    # (length,) int64: for each picture IMAGE, the words of its caption, END
+    tokens: torch.Tensor
+    # (length,) int64: which picture a token belongs to, counted from 1
+    members: torch.Tensor
+
+
+@edataclass
+class RawBatch(Batch):
+    """b sequences, padded to the same length."""
+
+    # (n, 3, size, size): the pictures of all sequences, in the order of their IMAGE tokens
+    images: torch.Tensor
+    # (b, length) int64
+    tokens: torch.Tensor
+    # (b, length) int64, 0 for padding
+    members: torch.Tensor
+
+
+@edataclass
+class CaptioningBatch(RawBatch):
+    """What the model is given."""
+
+    # (b, length, length) bool: whether token i may look at token j
+    attention_mask: torch.Tensor
+
+
+class CaptioningTaskEncoder(
+    DefaultTaskEncoder[CaptioningSample, EncodedSample, RawBatch, CaptioningBatch]
+):
+    """From captioned pictures to batches of packed sequences of at most ``max_tokens``."""
+
+    def __init__(self, tokenizer: WordTokenizer, image_size: int = 128, max_tokens: int = 64):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.max_tokens = max_tokens
+
+    def encode_sample(self, sample: CaptioningSample) -> EncodedSample:
+        """Augment the picture, tokenize the caption.
+
+        Random numbers may come from torch, NumPy or ``random``: they are seeded for each sample.
+        """
+        image = fit(sample.image, self.image_size)
+        if random.random() < 0.5:
+            image = image.flip(-1)
+        image = (image * random.uniform(0.9, 1.1)).clamp(0, 1)
+        tokens = torch.tensor([IMAGE, *self.tokenizer.encode(sample.caption), END])
+        if len(tokens) > self.max_tokens:
+            raise SkipSample
+        return EncodedSample.derive_from(
+            sample, images=image[None], tokens=tokens, members=torch.ones_like(tokens)
+        )
+
+    def select_samples_to_pack(self, samples: list[EncodedSample]) -> list[list[EncodedSample]]:
+        """Longest first, each to the first pack that has room for it."""
+        packs: list[list[EncodedSample]] = []
+        room: list[int] = []
+        for sample in sorted(samples, key=lambda sample: len(sample.tokens), reverse=True):
+            length = len(sample.tokens)
+            place = next((i for i, free in enumerate(room) if free >= length), len(packs))
+            if place == len(packs):
+                packs.append([])
+                room.append(self.max_tokens)
+            packs[place].append(sample)
+            room[place] -= length
+        return packs
+
+    def pack_selected_samples(self, samples: list[EncodedSample]) -> EncodedSample:
+        """Put the samples one behind the other."""
+        return EncodedSample(
+            __key__=",".join(sample.__key__ for sample in samples),
+            __restore_key__=tuple(sample.__restore_key__ for sample in samples),
+            __subflavors__=samples[0].__subflavors__,
+            __sources__=tuple(source for s in samples for source in s.__sources__ or ()),
+            images=torch.cat([sample.images for sample in samples]),
+            tokens=torch.cat([sample.tokens for sample in samples]),
+            members=torch.cat([n * sample.members for n, sample in enumerate(samples, 1)]),
+        )
+
+    def batch(self, samples: list[EncodedSample]) -> RawBatch:
+        """Pictures of one size are joined; sequences are padded to the longest, by default."""
+        return self._batch(samples, result_type=RawBatch, actions={"images": torch.cat})
+
+    def encode_batch(self, batch_data: RawBatch) -> CaptioningBatch:
+        """Let each token look at what comes before it in its own sample."""
+        members = batch_data.members
+        same = members[:, :, None] == members[:, None, :]
+        return CaptioningBatch.derive_from(
+            batch_data,
+            images=batch_data.images,
+            tokens=batch_data.tokens,
+            members=members,
+            attention_mask=same.tril() & (members != 0)[:, None, :],
+        )
+
+
+def fit(image: torch.Tensor, size: int) -> torch.Tensor:
+    """The whole picture (c, h, w) in the middle of a square, white where it does not fill it.
+
+    >>> fit(torch.ones(3, 30, 60), 16).shape
+    torch.Size([3, 16, 16])
+    """
+    scale = size / max(image.shape[1:])
+    height, width = (max(1, round(scale * side)) for side in image.shape[1:])
+    small = interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+    left, top = (size - width) // 2, (size - height) // 2
+    return pad(small, (left, size - width - left, top, size - height - top), value=1)
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+def demo_tokenizer() -> WordTokenizer:
+    """A tokenizer that knows every word of the demo's captions."""
+    shapes = [*SHAPES, *(f"{shape}s" for shape in SHAPES)]
+    others = ["an", "and", "on", "background", ","]
+    return WordTokenizer([*NUMBERS.values(), *SIZES, *COLORS, *BACKGROUNDS, *shapes, *others])
+
+
+def run_demo(folder: str | os.PathLike[str], workers: int = 2) -> None:
+    """Build the demo dataset in ``folder``, run the task encoder over it, draw a batch.
+
+    What is there from an earlier run is used again. Raises DatasetError if the folder holds
+    anything else.
+    """
+    folder = Path(folder)
+    if not is_demo(folder):
+        make_demo(folder)
+    print(f"{folder}: {len(open_source(folder))} captioned pictures to train on")
+
+    tokenizer = demo_tokenizer()
+    encoder = CaptioningTaskEncoder(tokenizer)
+    dataset = get_train_dataset(
+        folder,
+        batch_size=4,
+        shuffle_buffer_size=100,
+        max_samples_per_sequence=100,
+        packing_buffer_size=64,
+        repeat=False,  # for training leave it out: the dataset then has no end
+        task_encoder=encoder,
+        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=workers),
+    )
+    pictures = packs = used = 0
+    first: CaptioningBatch | None = None
+    start = time.perf_counter()
+    with tqdm(total=len(dataset.source), unit=" samples", leave=False, disable=None) as bar:
+        for batch in get_loader(dataset):
+            first = first or batch
+            pictures += len(batch.images)
+            packs += len(batch.tokens)
+            used += int((batch.members != 0).sum())
+            bar.update(len(batch.images))
+    took = time.perf_counter() - start
+    assert first is not None
+    print(
+        f"  {pictures} samples in {took:.1f} s, {workers} workers: "
+        f"{pictures / took:.0f} samples/s\n"
+        f"  {packs} packs of at most {encoder.max_tokens} tokens, "
+        f"{100 * used / (packs * encoder.max_tokens):.0f} % full"
+    )
+    for name in ("images", "tokens", "attention_mask"):
+        print(f"  batch.{name:<14}  {tuple(getattr(first, name).shape)}")
+
+    file = io.BytesIO()
+    captions = list(captions_of(first, tokenizer))
+    contact_sheet(list(first.images), captions, columns=5, cell=208).save(file, "PNG")
+    picture = folder / "demo_batch.png"
+    write_atomic(picture, file.getvalue())
+    print(f"  {picture} shows this batch: its pictures, and the captions from its tokens")
+    print(
+        "\nLook at the dataset:\n"
+        f"  energon-fn info {folder}\n"
+        f"  energon-fn preview {folder}\n"
+        f"  energon-fn lint {folder}\n"
+        "\nStart your own task encoder from CaptioningTaskEncoder in\n"
+        f"  {__file__}\n"
+        "and your own dataset with\n"
+        "  energon-fn prepare FOLDER"
+    )
+
+
+def is_demo(folder: Path) -> bool:
+    """Whether the folder holds the finished demo. Raises DatasetError if it holds anything else."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    names = [f"shard_{number:03d}.tar" for number in range(6)]
+    if (folder / ".nv-meta").is_dir() and list(read_info(folder)) == names:
+        return True
+    raise DatasetError(f"{folder} holds something else than the demo: name a new folder.")
+
+
+def make_demo(folder: Path) -> None:
+    """Build and prepare the demo dataset; the folder appears when all is done."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
+        names = build_demo(f"{place}/demo")
+        parts = [("train", 8), ("val", 1), ("test", 1)]
+        prepare_dataset(
+            f"{place}/demo", names, split_parts_ratio=parts, shuffle_seed=None, workers=1
+        )
+        write_dataset_yaml(f"{place}/demo", "CaptioningSample", {"image": "jpg", "caption": "txt"})
+        os.rename(f"{place}/demo", folder)
+
+
+def captions_of(batch: RawBatch, tokenizer: WordTokenizer) -> Iterator[str]:
+    """The caption of each picture of the batch, from its tokens."""
+    for tokens, members in zip(batch.tokens, batch.members, strict=True):
+        for number in range(1, int(members.max()) + 1):
+            yield tokenizer.decode(tokens[members == number][1:-1].tolist())

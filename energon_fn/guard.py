@@ -123,7 +123,11 @@ def describe(item: Any) -> str:
     >>> describe([{"__key__": "0001"}, {"__key__": "0002"}])
     'samples 0001, 0002'
     """
-    keys = [key for sample in members(item) for key in members(bookkeeping(sample, "__key__"))]
+    found = [
+        bookkeeping(sample, "__key__") or bookkeeping(sample, "__keys__") or "(no key)"
+        for sample in members(item)
+    ]
+    keys = [key for one in found for key in members(one)]
     shards = dict.fromkeys(
         f"{source.dataset_path}/{source.shard_name}" for source in sources_of(item) or ()
     )

@@ -44,6 +44,8 @@ import tarfile
 import threading
 import time
 import zlib
+from array import array
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -51,7 +53,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from tqdm import tqdm
@@ -66,7 +68,7 @@ Entry = tuple[str, tuple[Part, ...]]
 """A sample's key and its parts, in the order of the tar."""
 
 BLOCK = 128  # samples that one query fetches
-_KEPT_BLOCKS = 256  # at most about 20 MB in a process
+_KEPT_BLOCKS = 1024  # about 16 MB if samples have two parts
 _TAR_BLOCK = 512
 _MAX_PADDING = 2**20  # zeros behind the end of a tar that are looked through
 _CACHE_LIFETIME = 30 * 86400.0  # seconds after its last use that an index of other times is kept
@@ -295,7 +297,7 @@ def write_index(path: str | os.PathLike[str], shards: Iterable[ShardIndex]) -> I
     counts: dict[str, int] = {}
     part_names: dict[str, None] = {}
     duplicates: list[tuple[str, str]] = []
-    with suppress(_NotWritten), files.replacing(path) as temporary:
+    with suppress(_NotWritten), files.replacing(path) as temporary, _explained(str(path)):
         with closing(_new_database(temporary, _SCHEMA.format(unique=" UNIQUE"))) as db:
             for tar_file_id, shard in enumerate(shards):
                 duplicates += [(key, shard.name) for key in _insert(db, tar_file_id, shard)]
@@ -446,6 +448,28 @@ def has_parts(path: str | os.PathLike[str]) -> bool:
     return {"samples", "sample_parts", "idx_samples_by_tar_and_idx"} <= names
 
 
+class _Block(NamedTuple):
+    """Neighbouring samples, in few objects: many blocks are kept, and each object costs memory."""
+
+    keys: list[str]
+    firsts: array[int]
+    """Each sample's first part in the lists below and, last, how many parts there are."""
+    names: list[str]
+    offsets: array[int]
+    sizes: array[int]
+
+    @classmethod
+    def of(cls, keys: list[str], first: int, rows: list[tuple[int, str, int, int]]) -> _Block:
+        samples, names, offsets, sizes = zip(*rows, strict=True) if rows else ((), (), (), ())
+        firsts = array("I", (bisect_left(samples, first + i) for i in range(len(keys) + 1)))
+        return cls(keys, firsts, [*map(sys.intern, names)], array("q", offsets), array("q", sizes))
+
+    def entry(self, i: int) -> Entry:
+        keys, firsts, names, offsets, sizes = self
+        own = range(firsts[i], firsts[i + 1])
+        return keys[i], tuple([(names[part], offsets[part], sizes[part]) for part in own])
+
+
 class Index:
     """Random access to an index file: where the parts of a sample lie, and which sample has a key.
 
@@ -460,7 +484,7 @@ class Index:
         self, path: str, root: str, shards: tuple[str, ...], remedy: str = _PREPARE_AGAIN
     ) -> None:
         self.path, self.root, self.shards, self.remedy = path, root, shards, remedy
-        self._blocks: dict[tuple[int, int], list[Entry]] = {}
+        self._blocks: dict[tuple[int, int], _Block] = {}
         self._db: tuple[int, sqlite3.Connection] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -477,7 +501,7 @@ class Index:
         if block is None:
             block = self._read_block(shard, sample // BLOCK)
         try:
-            return block[sample % BLOCK]
+            return block.entry(sample % BLOCK)
         except IndexError:
             raise DatasetError(
                 f"{self.path} has no sample {sample} of {self.shards[shard]}: it does not fit the "
@@ -494,48 +518,37 @@ class Index:
         with self._connection() as db:
             return db.execute(query, (key,)).fetchall()
 
-    def _read_block(self, shard: int, number: int) -> list[Entry]:
+    def _read_block(self, shard: int, number: int) -> _Block:
         first = number * BLOCK
         where = (shard, first, first + BLOCK)
         with self._connection() as db:
             samples = db.execute(_SELECT_SAMPLES, where).fetchall()
             rows = db.execute(_SELECT_PARTS, where).fetchall()
             end = db.execute(_SELECT_END, (shard,)).fetchone()
-        parts: list[list[Part]] = [[] for _ in samples]
-        for i, name, offset, size in rows:
-            parts[i - first].append((sys.intern(name), offset, size))
-        block = [(row[0], tuple(own)) for row, own in zip(samples, parts, strict=True)]
-        if block and samples[0][1] is not None:
-            self._check(shard, samples[0][1], block[0], end[0])
+        block = _Block.of([key for key, _ in samples], first, rows)
+        if samples:
+            heads = [(samples[i][1], block.entry(i)) for i in {0, len(samples) - 1}]
+            self._check(shard, heads, end[0])
         with _lock:
             while len(self._blocks) >= _KEPT_BLOCKS:
                 del self._blocks[next(iter(self._blocks))]
             self._blocks[shard, number] = block
         return block
 
-    def _check(self, shard: int, header: int, entry: Entry, end: int) -> None:
-        """Compare the shard with a sample of the index, and with where the index says it ends."""
-        key, parts = entry
-        name, offset, size = parts[0]
+    def _check(self, shard: int, samples: list[tuple[int, Entry]], end: int) -> None:
+        """Compare the shard with some samples of the index, and with where it says the shard ends.
+
+        Each sample comes with the offset of its first header.
+        """
         path = os.path.join(self.root, self.shards[shard])
-
-        def fits() -> bool:
-            there = files.stream_size(path)
-            if there < end or any(files.read_at(path, end, min(_TAR_BLOCK, there - end))):
-                return False  # cut short, or something was appended
-            headers = files.read_at(path, header, offset - header)
-            try:
-                member = tarfile.TarFile(fileobj=io.BytesIO(headers)).next()
-            except tarfile.TarError:
-                return False
-            return member is not None and (
-                (member.name, member.offset_data, member.size)
-                == (f"{key}.{name}", len(headers), size)
-            )
-
-        if not fits():
+        size = files.stream_size(path)
+        fits = size >= end and not any(files.read_at(path, end, min(_TAR_BLOCK, size - end)))
+        for at, (key, parts) in samples:
+            fits = fits and _is_at(path, at, f"{key}.{parts[0][0]}", *parts[0][1:])
+        if not fits:
+            keys = " or ".join(repr(key) for _, (key, _) in samples)
             raise DatasetError(
-                f"{path} changed since it was indexed: sample {key!r} is not where it was. "
+                f"{path} changed since it was indexed: {keys} or its end is not where it was. "
                 f"{self.remedy.format(root=self.root)}"
             )
 
@@ -555,6 +568,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
     )
+
+
+def _is_at(path: str, header: int, name: str, offset: int, size: int) -> bool:
+    """Whether the tar has this file, its first header (it may have several) and content there."""
+    headers = files.read_at(path, header, offset - header)
+    try:
+        member = tarfile.TarFile(fileobj=io.BytesIO(headers)).next()
+    except tarfile.TarError:
+        return False
+    found = member and (member.name, member.offset_data, member.size)
+    return found == (name, offset - header, size)
 
 
 def _read_only_uri(path: str) -> str:

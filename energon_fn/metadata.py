@@ -235,7 +235,7 @@ def to_sample(config: DatasetConfig) -> Callable[[dict[str, Any]], Any]:
     if config.sample_type is None:
         return _identity
     if config.sample_loader is not None:
-        return LoaderToSample(config.sample_type, config.sample_loader, str(config.path))
+        return LoaderToSample(config.sample_type, config.sample_loader)
     return FieldMapToSample.compiled(config)
 
 
@@ -342,7 +342,6 @@ class LoaderToSample:
 
     sample_type: type[Any]
     loader: CodeRef
-    config_path: str
 
     def __call__(self, raw: dict[str, Any]) -> Any:
         values = self.loader(raw)

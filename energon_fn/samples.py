@@ -387,6 +387,18 @@ def _pin(value: Any) -> Any:
     return value.pin_memory() if _has_pin_memory(value) else NotImplemented
 
 
+def pin_memory(batch: T) -> T:
+    """Any batch with its tensors in pinned memory, as :meth:`Batch.pin_memory` does it.
+
+    Unlike torch's own pinning it also goes into dataclasses that do not derive from :class:`Batch`.
+
+    >>> pin_memory({"text": ["a rose"]})
+    {'text': ['a rose']}
+    """
+    pinned: T = map_nested(_pin, batch)
+    return pinned
+
+
 def map_nested(leaf: Callable[[Any], Any], value: Any) -> Any:
     """``value`` with everything inside it replaced by what ``leaf`` gives for it.
 

@@ -28,7 +28,7 @@ _PLAIN = dict.fromkeys((0x2010, 0x2011, 0x2012, 0x2013, 0x2014, 0x2212), "-") | 
 
 def contact_sheet(
     pictures: Sequence[Picture | None],
-    captions: Sequence[str],
+    captions: Sequence[str] | None = None,
     *,
     columns: int = 4,
     cell: int = 224,
@@ -39,12 +39,14 @@ def contact_sheet(
     or float in 0..1; C is 1, 3 or 4. ``None`` leaves its cell empty. Captions wrap to at most three
     lines and end in an ellipsis where they do not fit. Pillow's built-in font has no accents, they
     are left out, and no other scripts than Latin, these show as boxes. Returns an RGB image.
+    A batch of pictures in one tensor will do, too.
 
     >>> sheet = contact_sheet([Image.new("RGB", (64, 32), "teal"), None], ["a teal field", "?"])
     >>> sheet.mode, sheet.width > 2 * 224
     ('RGB', True)
     """
-    if not pictures or len(pictures) != len(captions):
+    captions = [""] * len(pictures) if captions is None else captions
+    if len(pictures) == 0 or len(pictures) != len(captions):
         raise ValueError(
             "a contact sheet needs at least one picture and a caption for each, got "
             f"{len(pictures)} pictures and {len(captions)} captions"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -21,7 +21,7 @@ from .index import Index, Part, cached_index, has_parts
 from .samples import SourceInfo
 
 NEAR = 64 * 1024
-"""Parts that lie closer together than so many bytes are read at once, with what is between."""
+"""A sample's parts are read at once if less than so many bytes lie between them."""
 
 
 class Segment(NamedTuple):
@@ -67,6 +67,14 @@ class Source:
     def __len__(self) -> int:
         return self._starts[-1]
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The raw samples in order."""
+        return map(self.load, range(len(self)))
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """:meth:`load` by another name; with ``len()`` it makes this a torch map-style dataset."""
+        return self.load(i)
+
     def load(self, i: int) -> dict[str, Any]:
         """The ``i``-th raw sample: bytes by part name, and what it is and where it comes from.
 
@@ -86,33 +94,23 @@ class Source:
         """
         shard, sample = self._place(i)
         key, parts = self.index.parts(shard, sample)
-        wanted = self.part_filter
-        runs: list[list[Part]] = []
-        near = -1
-        names = []
-        for part in parts:
-            name, offset, size = part
-            if wanted(name):
-                names.append(f"{key}.{name}")
-                if offset < near:
-                    runs[-1].append(part)
-                else:
-                    runs.append([part])
-                near = offset + size + NEAR
-        raw: dict[str, Any] = {"__key__": key}
+        is_wanted = self.part_filter
+        wanted = [part for part in parts if is_wanted(part[0])]
         path = self._paths[shard]
-        for run in runs:
-            first = run[0][1]
-            data = files.read_at(path, first, run[-1][1] + run[-1][2] - first)
-            if len(run) == 1:
-                raw[run[0][0]] = data
-            else:
-                for name, offset, size in run:
-                    raw[name] = data[offset - first : offset - first + size]
+        raw: dict[str, Any] = {"__key__": key}
+        if len(wanted) > 1 and _between(wanted) < NEAR:
+            first, last = wanted[0][1], wanted[-1]
+            data = files.read_at(path, first, last[1] + last[2] - first)
+            for name, offset, size in wanted:
+                raw[name] = data[offset - first : offset - first + size]
+        else:
+            for name, offset, size in wanted:
+                raw[name] = files.read_at(path, offset, size)
+        file_names = tuple([f"{key}.{part[0]}" for part in wanted])
         raw["__key__"] = key
         raw["__restore_key__"] = ()
         raw["__subflavors__"] = {**self.subflavors}
-        raw["__sources__"] = (SourceInfo(self.path, i, self.shards[shard], tuple(names)),)
+        raw["__sources__"] = (SourceInfo(self.path, i, self.shards[shard], file_names),)
         return raw
 
     def key(self, i: int) -> str:
@@ -168,6 +166,11 @@ class Source:
         for start, segment in zip(self._starts, self.segments, strict=False):
             found.setdefault(segment.shard, []).append((start, segment))
         return found
+
+
+def _between(parts: list[Part]) -> int:
+    """How many bytes of the shard lie between the parts."""
+    return parts[-1][1] - parts[0][1] - sum([size for _, _, size in parts[:-1]])
 
 
 def open_source(

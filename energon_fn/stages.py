@@ -19,12 +19,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
+from inspect import signature
 from itertools import islice
 from types import GeneratorType
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 
-from energon_fn.collate import collate as default_collate
+from energon_fn.collation import collate as default_collate
 from energon_fn.decoding import decoder
 from energon_fn.errors import DatasetError, SkipSample
 from energon_fn.samples import CrudeSample
@@ -53,13 +54,21 @@ class Stage(Generic[T, U]):
 
     def __repr__(self) -> str:
         name, _, args, kwargs = self._parts
-        shown = [getattr(arg, "__name__", repr(arg)) for arg in args]
-        shown += [f"{k}={getattr(v, '__name__', repr(v))}" for k, v in kwargs.items()]
-        return f"{name.__name__}({', '.join(shown)})"
+        return _shown(name, args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         name, _, args, kwargs = self._parts
         return _make, (name, args, kwargs)
+
+
+def _shown(name: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def word(thing: Any) -> str:
+        if isinstance(thing, partial):
+            return _shown(partial, (thing.func, *thing.args), thing.keywords)
+        return str(getattr(thing, "__name__", repr(thing)))
+
+    words = [*map(word, args), *(f"{key}={word(value)}" for key, value in kwargs.items())]
+    return f"{word(name)}({', '.join(words)})"
 
 
 def _make(name: Callable[..., Stage[T, U]], args: Any, kwargs: Any) -> Stage[T, U]:
@@ -80,11 +89,25 @@ def stage(
     [0, 3, 6, 9]
     """
 
+    whole = signature(transform)
+    own = whole.replace(parameters=list(whole.parameters.values())[1:])  # all but the items
+
     @wraps(transform)
     def make(*args: P.args, **kwargs: P.kwargs) -> Stage[T, U]:
+        try:
+            own.bind(*args, **kwargs)
+        except TypeError as error:  # said here, where it was written, not at the first item
+            name = transform.__name__
+            raise TypeError(f"{name}: {error}. It is called {name}(...)(items)") from None
         return Stage(make, transform, args, dict(kwargs))
 
+    make.__dict__["__signature__"] = own
     return make
+
+
+def _check(name: str, size: int, least: int = 1) -> None:
+    if size < least:
+        raise ValueError(f"{name} is {size}; it must be {least} or more")
 
 
 def apply(fn: Callable[[T], U | Iterator[U]], item: T) -> Iterator[U]:
@@ -205,6 +228,7 @@ def limit(items: Iterable[T], length: int) -> Iterator[T]:
     >>> list(limit(2)("abc"))
     ['a', 'b']
     """
+    _check("limit's length", length, least=0)
     return islice(items, length)
 
 
@@ -218,6 +242,7 @@ def shuffle(items: Iterable[T], buffer_size: int, seed: int = 0) -> Iterator[T]:
     >>> sorted(shuffle(3, seed=1)(range(6)))
     [0, 1, 2, 3, 4, 5]
     """
+    _check("shuffle's buffer_size", buffer_size)
     chance = random.Random(seed)
     items = iter(items)
     buffer = list(islice(items, buffer_size))
@@ -240,7 +265,7 @@ def pack(
 ) -> Iterator[U]:
     """Collect ``buffer_size`` items, select groups of them, and join each group to one item.
 
-    select: list of items -> list of groups (lists); items in no group are dropped.
+    select: list of items -> groups (lists), returned or yielded; items in no group are dropped.
     join: group -> packed item. postencode: runs on each selected item before the join.
     The last buffer holds what remains.
 
@@ -255,14 +280,21 @@ def pack(
     >>> list(pack(up_to_ten, tuple, buffer_size=4)([1, 9, 2, 8, 5, 5]))
     [(1, 2), (8,), (9,), (5, 5)]
     """
+    _check("pack's buffer_size", buffer_size)
     items = iter(items)
     while buffer := list(islice(items, buffer_size)):
-        for groups in apply(select, buffer):
-            for chosen in groups:
-                if postencode is not None:
-                    chosen = list(encode_sample(postencode)(chosen))
-                if chosen:
-                    yield from apply(join, chosen)
+        for chosen in _selected(select, buffer):
+            if postencode is not None:
+                chosen = list(encode_sample(postencode)(chosen))
+            if chosen:
+                yield from apply(join, chosen)
+
+
+def _selected(select: Callable[[list[T]], Iterable[list[T]]], buffer: list[T]) -> Iterator[list[T]]:
+    try:
+        yield from select(buffer)
+    except SkipSample:
+        return
 
 
 @stage
@@ -280,6 +312,7 @@ def batch(
     >>> list(batch(2, list)("abc")), list(batch(2, list, drop_last=True)("abc"))
     ([['a', 'b'], ['c']], [['a', 'b']])
     """
+    _check("batch_size", batch_size)
     items = iter(items)
     while group := list(islice(items, batch_size)):
         if len(group) == batch_size or not drop_last:
@@ -314,6 +347,7 @@ def group(
                 f"no batch size for the group {key!r}: the criterion gave none and there is no "
                 "common one. Return (key, size), or set batch_size."
             )
+        _check(f"the batch size of group {key!r}", size)
         members = groups.setdefault(key, [])
         members.append(item)
         if len(members) >= size:
@@ -345,4 +379,5 @@ def epochize(items: Iterable[T], length: int) -> Epochs[T]:
     >>> [list(epochs), list(epochs), list(epochs)]
     [[0, 1], [2, 3], [4]]
     """
+    _check("epochize's length", length)
     return Epochs(items, length)

@@ -78,6 +78,7 @@ def resumable(stage: Stage[T, U], upstream: Stream[T], patience: int | None = No
             emitted += 1
             if emitted > drop:
                 yield output, (run, emitted)
+            seeds.at((last, emitted))  # others ran meanwhile, and this run may have more to emit
 
     return stream
 

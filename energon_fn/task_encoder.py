@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar, cast, overload
 
-from energon_fn.collate import collate, generic_batch
+from energon_fn.collation import collate, generic_batch
 from energon_fn.samples import CrudeSample
 from energon_fn.stages import Cooker
 
@@ -122,13 +122,16 @@ class DefaultTaskEncoder(TaskEncoder[T_sample, T_encoded_sample, T_raw_batch, T_
         actions: dict[str, Callable[[list[Any]], Any]] | None = None,
         default_action: Callable[[list[Any]], Any] = generic_batch,
     ) -> T_raw_batch:
-        """Collate ``samples`` field by field; see :func:`energon_fn.collate.collate`."""
+        """Collate ``samples`` field by field; see :func:`energon_fn.collate`."""
         return cast("T_raw_batch", collate(samples, result_type, actions, default_action))
 
 
 def _delegate(name: str) -> Any:
-    def method(self: AugmentTaskEncoder[Any, Any, Any, Any], *args: Any) -> Any:
-        return getattr(self._task_encoder, name)(*args)
+    def method(self: AugmentTaskEncoder[Any, Any, Any, Any], *args: Any, **kwargs: Any) -> Any:
+        own = getattr(self._task_encoder, name, None)
+        if own is None:  # what the other one leaves to the default
+            return getattr(DefaultTaskEncoder, name)(self, *args, **kwargs)
+        return own(*args, **kwargs)
 
     method.__name__ = name
     method.delegates = True  # type: ignore[attr-defined]  # read by method_of
@@ -150,8 +153,8 @@ class AugmentTaskEncoder(DefaultTaskEncoder[T_sample, T_encoded_sample, T_raw_ba
 
     def __init__(self, task_encoder: TaskEncoder[T_sample, T_encoded_sample, T_raw_batch, T_batch]):
         self._task_encoder = task_encoder
-        self.cookers = task_encoder.cookers  # type: ignore[misc]  # the wrapped encoder's
-        self.decoder = task_encoder.decoder
+        self.cookers = getattr(task_encoder, "cookers", ())  # type: ignore[misc]  # that encoder's
+        self.decoder = getattr(task_encoder, "decoder", None)
 
     cook_crude_sample = _delegate("cook_crude_sample")
     encode_sample = _delegate("encode_sample")
@@ -175,11 +178,22 @@ def convert(thing: Any, result_type: type[Any] | None) -> Any:
     """
     if result_type is None or isinstance(thing, result_type):
         return thing
-    fields = thing if isinstance(thing, dict) else vars(thing)
-    if dataclasses.is_dataclass(result_type):
-        names = [field.name for field in dataclasses.fields(result_type) if field.init]
-        return result_type(**{name: fields[name] for name in names if name in fields})
+    if isinstance(thing, dict):
+        fields = thing
+    else:  # the declared ones, and what the user has set besides
+        names = [*_declared(thing), *getattr(thing, "__dict__", ())]
+        fields = {name: getattr(thing, name) for name in names}
+    if declared := _declared(result_type):
+        if "__key__" in fields:  # a batch's other name for it, as in collate
+            fields = {"__keys__": fields["__key__"], **fields}
+        fields = {name: fields[name] for name in declared if name in fields}
     return result_type(**fields)
+
+
+def _declared(record: Any) -> list[str]:
+    if dataclasses.is_dataclass(record):
+        return [field.name for field in dataclasses.fields(record) if field.init]
+    return list(getattr(record, "_fields", ()))  # of a namedtuple
 
 
 @overload
@@ -224,7 +238,7 @@ def method_of(encoder: Any, name: str) -> Callable[..., Any] | None:
     method = getattr(encoder, name, None)
     function = getattr(method, "__func__", method)
     if getattr(function, "delegates", False):
-        return method if method_of(encoder._task_encoder, name) else None
+        return method_of(encoder._task_encoder, name)
     if function in (getattr(TaskEncoder, name), getattr(DefaultTaskEncoder, name)):
         types = {
             "encode_sample": ("_encoded_sample_type",),

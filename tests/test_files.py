@@ -4,6 +4,7 @@ import gzip
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,7 +42,8 @@ def test_read_at_goes_on_after_short_reads(
 
 def test_reading_past_the_end_names_file_place_and_remedy(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"x" * 100)
-    with pytest.raises(DatasetError, match=r"a\.tar ends before byte 110 .*20 bytes at 90.*prepare"):
+    message = r"a\.tar ends before byte 110 .*20 bytes at 90.*prepare"
+    with pytest.raises(DatasetError, match=message):
         files.read_at(tmp_path / "a.tar", 90, 20)
 
 
@@ -89,8 +91,7 @@ def test_decompressed_shards_make_room_for_others(
     for name in ("a.tgz", "b.tgz"):
         (tmp_path / name).write_bytes(gzip.compress(b"0123456789"))
     assert files.read_at(tmp_path / "a.tgz", 3, 4) == b"3456"
-    full = os.statvfs_result((0,) * 10)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("", (), {"free": full.f_bavail}))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
     assert files.read_at(tmp_path / "b.tgz", 3, 4) == b"3456"
     assert list(files._open_shards) == [str(tmp_path / "b.tgz")]
 

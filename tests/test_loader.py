@@ -93,9 +93,7 @@ def train(folder: Path, config: WorkerConfig = ONE, **options: Any) -> Any:
         "max_samples_per_sequence": 4,
         "task_encoder": Numbers(),
     }
-    return get_loader(
-        get_train_dataset(folder, worker_config=config, **{**defaults, **options})
-    )
+    return get_loader(get_train_dataset(folder, worker_config=config, **{**defaults, **options}))
 
 
 def val(folder: Path, config: WorkerConfig = ONE, **options: Any) -> Any:
@@ -324,6 +322,7 @@ def test_a_failing_function_costs_its_samples_only(
 ) -> None:
     handler = logging.FileHandler(tmp_path / "log")  # workers inherit it
     logging.getLogger("energon_fn").addHandler(handler)
+
     class Failing(Numbers):
         def encode_sample(self, sample: Any) -> int:
             if sample["json"]["n"] == 5:
@@ -418,8 +417,7 @@ def test_an_error_leaves_the_loader_where_it_was(folder: Path) -> None:
 
     loader, found = val(folder, task_encoder=Once()), []
     with pytest.raises(MemoryError):
-        for batch in loader:
-            found.append(batch)
+        found.extend(batch for batch in loader)
     found += list(loader)
     assert [n for batch in found for n in batch] == list(range(41))
 

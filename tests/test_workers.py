@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import shards
+from hypothesis import given
+from hypothesis import strategies as st
 
 from energon_fn import (
     DefaultTaskEncoder,
@@ -26,6 +28,7 @@ from energon_fn import (
     get_val_dataset,
     reraise_exception,
 )
+from energon_fn.workers import Local, Pool, deliveries
 
 HERE = Path(__file__).parent
 
@@ -129,6 +132,53 @@ def alive(pid: int) -> bool:
         return False
 
 
+class Lanes:
+    """Streams of so many items each."""
+
+    def __init__(self, *lengths: int):
+        self.lengths = lengths
+
+    def __call__(self, lane: int, epoch: int) -> Any:
+        return lambda state: ((f"{lane}.{n}", n + 1) for n in range(state or 0, self.lengths[lane]))
+
+    def in_turn(self) -> list[str]:
+        """The items in turn, by hand; a lane that has ended is passed over."""
+        turns = range(max(self.lengths, default=0))
+        lanes = range(len(self.lengths))
+        return [f"{lane}.{n}" for n in turns for lane in lanes if n < self.lengths[lane]]
+
+
+@given(st.lists(st.integers(0, 6), max_size=9))
+def test_lanes_have_their_turns_and_end_once(lengths: list[int]) -> None:
+    lanes = Lanes(*lengths)
+    found = list(deliveries(lanes, 0, dict.fromkeys(range(len(lengths)))))
+    assert [item.batch for item in found if item.state is not None] == lanes.in_turn()
+    assert sorted(item.lane for item in found if item.state is None) == list(range(len(lengths)))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3, 7])
+@pytest.mark.parametrize("start", [{}, {1: None, 2: 3, 0: 1}])
+def test_any_number_of_workers_delivers_the_lanes_in_turn(
+    workers: int, start: dict[int, Any]
+) -> None:
+    streams = Lanes(3, 0, 5, 1, 4)
+    lanes = dict(start) or dict.fromkeys(range(5))
+    expected = [item.batch for item in deliveries(streams, 0, dict(lanes))]
+    runner = (
+        Pool(streams, workers, prefetch=2, restarts=0, context=None) if workers else Local(streams)
+    )
+    runner.start(0, lanes)
+    found = []
+    while lanes:
+        item = runner.receive()
+        found.append(item.batch)
+        del lanes[item.lane]
+        if item.state is not None:
+            lanes[item.lane] = item.state
+    runner.close()
+    assert found == expected
+
+
 def test_killing_workers_at_random_changes_nothing(folder: Path) -> None:
     whole = list(itertools.islice(train(folder, 0), 150))
     before, chance, found = children(), random.Random(1), []
@@ -152,7 +202,7 @@ def test_a_worker_that_exits_is_started_again(
 
 def test_deaths_without_end_are_an_error(folder: Path) -> None:
     before = children()
-    with pytest.raises(WorkerError, match="killed by SIGKILL.*max_worker_restarts"):
+    with pytest.raises(WorkerError, match=r"killed by SIGKILL.*max_worker_restarts"):
         list(val(folder, 2, Dying()))
     assert wait_for(lambda: children() == before)
 

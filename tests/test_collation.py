@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from energon_fn.collate import batch_list, batch_pad_stack, batch_stack, collate, generic_batch
+from energon_fn.collation import batch_list, batch_pad_stack, batch_stack, collate, generic_batch
 from energon_fn.errors import SkipSample
 from energon_fn.samples import (
     Batch,

@@ -1,0 +1,267 @@
+"""The console script ``energon-fn``: its options, and how it ends.
+
+What the commands do is in :mod:`energon_fn.commands`, which is imported when one is run: ``--help``
+need not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+
+ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
+"""Exit statuses besides 0 and 1, which means that bad samples were found."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line, that of the process unless given, and return the exit status.
+
+    0: done; 1: bad samples were found; 2: an error, one line on stderr; 130: Ctrl-C; 141: whoever
+    was to read the output has gone.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return ERROR
+    try:
+        status = _run(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `| head` has seen enough; what is in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run the command; what is wrong with data and arguments is said in one line."""
+    from . import commands
+    from .errors import DatasetError, FatalSampleError, SampleError
+
+    # A walk of a large tar ends at once; loader processes end in order, told by this one.
+    _set_up_process(signal.SIG_DFL if args.command == "prepare" else signal.SIG_IGN)
+    try:
+        status: int = getattr(commands, args.command)(args)
+        return status
+    except BrokenPipeError:
+        raise
+    except (DatasetError, FatalSampleError, SampleError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ERROR
+
+
+def _set_up_process(ctrl_c_in_children: signal.Handlers) -> None:
+    """Log messages as one line; leave Ctrl-C to this process, which then ends the others."""
+    from tqdm import tqdm
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            line = f"{record.levelname.lower()}: {record.getMessage()}"
+            tqdm.write(line, file=sys.stderr)  # not into a progress bar
+
+    logger = logging.getLogger("energon_fn")
+    logger.handlers = [Lines()]
+    logger.propagate = False
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # Pillow has opinions on many a picture
+    tqdm.monitor_interval = 0  # no thread: with one, shards are not indexed in processes
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(
+            after_in_child=partial(signal.signal, signal.SIGINT, ctrl_c_in_children)
+        )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+# ----------------------------------------------------------------------------------------- options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="energon-fn",
+        description="Prepare WebDataset folders for training, and look at what is in them.",
+        epilog="Begin with `energon-fn demo`. `energon-fn COMMAND --help` has an example each.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    parser.set_defaults(command=None)
+
+    def command(name: str, help: str, example: str, path: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=help,
+            description=help,
+            epilog=f"example:\n{example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.set_defaults(command=name)
+        if path:
+            sub.add_argument("path", metavar="PATH", help=path)
+        return sub
+
+    sub = command(
+        "prepare",
+        "Index a folder of tars, split it, and say what a sample is: asks, or takes options.",
+        "  energon-fn prepare cats\n"
+        "  energon-fn prepare cats --non-interactive --split-ratio 8,1,1 \\\n"
+        "    --sample-type CaptioningSample \\\n"
+        '    --field-map \'{"image": "jpg", "caption": "txt"}\'',
+        "the folder with the shards (*.tar, *.tar.gz, *.tgz, in folders below it too)",
+    )
+    add = sub.add_argument
+    add("--non-interactive", action="store_true", help="ask nothing")
+    add("--split-ratio", metavar="8,1,1", help="shares of train, val and test")
+    add(
+        "--split-parts",
+        metavar="PART:PATTERN",
+        action="append",
+        help="shards whose name begins with the pattern (a regular expression, after braces are "
+        "expanded) belong to the part; may be repeated; instead of --split-ratio",
+    )
+    add("--exclude", metavar="REGEX", help="leave out the shards whose name has a match")
+    add(
+        "--sample-type",
+        metavar="TYPE",
+        help="CaptioningSample, say, or CrudeWebdataset; without it no dataset.yaml is written",
+    )
+    add(
+        "--field-map",
+        metavar="JSON",
+        help='\'{"image": "jpg,png", "caption": "json[text]"}\', say; without it a '
+        "sample_loader.py to be filled in is written",
+    )
+    add(
+        "--num-workers",
+        metavar="N",
+        type=_at_least(1),
+        default=os.cpu_count() or 1,
+        help="shards indexed at a time (as many as there are processors)",
+    )
+    add("--shuffle-tars", action="store_true", help="shuffle the shards before they are split")
+    add("--force-overwrite", action="store_true", help="prepare again what is prepared")
+    add(
+        "--tar-index-only",
+        action="store_true",
+        help="only index the shards of a prepared folder again",
+    )
+    add("--skip-dataset-yaml", action="store_true", help="do not say what a sample is")
+    add(
+        "--dataset-yaml-name",
+        metavar="NAME",
+        default="dataset.yaml",
+        help="another name for .nv-meta/dataset.yaml",
+    )
+    add(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="show a progress bar (by default on terminals)",
+    )
+
+    data = "a prepared folder; a folder, brace or glob pattern of tars; or a tar"
+    sub = command(
+        "info", "What there is: samples, splits, parts, sizes.", "  energon-fn info cats", data
+    )
+    _config_options(sub)
+
+    sub = command(
+        "lint",
+        "Read and decode every sample and list the bad ones; exit status 1 if there are any.",
+        "  energon-fn lint cats --num-workers 8 > bad.txt",
+        data,
+    )
+    _split_part_option(sub, "all")
+    sub.add_argument(
+        "--num-workers",
+        "--parallel",
+        metavar="N",
+        type=_at_least(0),
+        default=None,
+        help="processes (as many as there are processors); 0: in this one",
+    )
+    sub.add_argument(
+        "--image-decode",
+        metavar="HOW",
+        default="torchrgb",
+        help="how pictures are decoded (torchrgb)",
+    )
+    _config_options(sub)
+    _trust_option(sub)
+
+    sub = command(
+        "preview",
+        "Show samples, spread over the dataset, in the terminal or on a contact sheet.",
+        "  energon-fn preview cats -n 3\n  energon-fn preview cats --sheet cats.png -n 48",
+        data,
+    )
+    _split_part_option(sub, "the first")
+    sub.add_argument("-n", metavar="N", type=_at_least(1), help="how many (5; on a sheet 24)")
+    sub.add_argument("--sheet", metavar="FILE.png", help="draw the pictures with their texts")
+    _config_options(sub)
+    _trust_option(sub)
+
+    sub = command(
+        "demo",
+        "Build a small dataset of captioned pictures and run a task encoder on it.",
+        "  energon-fn demo",
+    )
+    sub.add_argument(
+        "folder",
+        metavar="FOLDER",
+        nargs="?",
+        default="energon_fn_demo",
+        help="where to (./energon_fn_demo)",
+    )
+    return parser
+
+
+def _split_part_option(parser: argparse.ArgumentParser, usual: str) -> None:
+    parser.add_argument(
+        "--split-part",
+        "--split-parts",
+        metavar="PART,...",
+        type=_names,
+        help=f"parts of the split ({usual})",
+    )
+
+
+def _config_options(parser: argparse.ArgumentParser) -> None:
+    for name in ("dataset", "split"):
+        parser.add_argument(
+            f"--{name}-config",
+            metavar="NAME",
+            default=f"{name}.yaml",
+            help=f"another file than .nv-meta/{name}.yaml",
+        )
+
+
+def _trust_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="run the dataset's own code (sample_loader.py) if it has any",
+    )
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _at_least(smallest: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        if int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"must be {smallest} or more, not {text}")
+        return int(text)
+
+    return integer

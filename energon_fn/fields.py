@@ -1,0 +1,349 @@
+"""From a decoded raw sample to a sample: where each field of its type comes from.
+
+Most datasets have a *field map*, which says for each field where its value lies::
+
+    image: jpg,png                 the part jpg, or else png
+    caption: detail.json[a][0]     in the part detail.json under the key a, there the first
+
+Others have Python code of their own, a ``sample_loader`` that returns the fields as a dict. Code
+runs only where the user trusts the dataset; so does the import of a sample type that is not one of
+ours (:data:`energon_fn.samples.SAMPLE_TYPES`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from operator import attrgetter
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from energon_fn import files
+from energon_fn.errors import DatasetError, SampleError
+from energon_fn.samples import BOOKKEEPING, SAMPLE_TYPES
+
+TRUST_HINT = (
+    "That is code: if you trust whoever made this dataset, allow it with "
+    "trust_dataset_code=True (command line: --trust)."
+)
+
+
+class EntryError(DatasetError):
+    """What a dataset's yaml says is wrong. Its reader adds the file, and the line by the keys."""
+
+    def __init__(self, message: str, *keys: str) -> None:
+        super().__init__(message)
+        self.keys = keys
+
+
+def there_are(name: object, known: Iterable[str]) -> str:
+    """How a message ends that says that there is no ``name``.
+
+    >>> "no field 'txet'" + there_are("txet", ["image", "text"])
+    "no field 'txet'; there are: image, text. Did you mean 'text'?"
+    """
+    known = list(known)
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"; there are: {', '.join(known) or 'none'}." + "".join(
+        f" Did you mean {found!r}?" for found in close
+    )
+
+
+# ------------------------------------------------------------------------------------ sample types
+
+
+def sample_fields(sample_type: type[Any]) -> dict[str, dataclasses.Field[Any]]:
+    """The fields that a sample is made with, by name, bookkeeping included."""
+    return {field.name: field for field in dataclasses.fields(sample_type) if field.init}
+
+
+def required_fields(sample_type: type[Any]) -> list[str]:
+    """The data fields without a default.
+
+    >>> from energon_fn.samples import VQASample
+    >>> required_fields(VQASample)
+    ['image', 'context']
+    """
+    return [
+        name
+        for name, field in sample_fields(sample_type).items()
+        if name not in BOOKKEEPING and field.default is field.default_factory is dataclasses.MISSING
+    ]
+
+
+def sample_type_named(name: str) -> type[Any] | None:
+    """Our sample type called ``name``, or whose old dataset class is; None for a crude dataset.
+
+    Raises DatasetError for an unknown name.
+
+    >>> sample_type_named("CaptioningWebdataset") is sample_type_named("CaptioningSample")
+    True
+    >>> sample_type_named("CrudeWebdataset") is None
+    True
+    """
+    old = name.endswith("Webdataset")
+    types = {(n.removesuffix("Sample") + "Webdataset" if old else n): n for n in SAMPLE_TYPES}
+    if name not in types:
+        raise EntryError(f"unknown sample type {name!r}{there_are(name, types)}", "__class__")
+    found = SAMPLE_TYPES[types[name]]
+    return found if dataclasses.is_dataclass(found) else None
+
+
+def sample_type_of(names: Any, trust: bool = False) -> type[Any] | None:
+    """The sample type that a yaml names by ``__module__`` and ``__class__``; None for crude.
+
+    The published package's module stands for ours. Any other is imported, but only if ``trust``.
+    Raises DatasetError.
+
+    >>> sample_type_of({"__module__": "megatron.energon", "__class__": "TextSample"})
+    <class 'energon_fn.samples.TextSample'>
+    """
+    named = names if isinstance(names, dict) else {}
+    module, name = named.get("__module__"), named.get("__class__")
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise EntryError(
+            f"a sample type is named by __module__ and __class__, not by {names!r}. Write for "
+            "example\nsample_type:\n  __module__: megatron.energon\n  __class__: CaptioningSample"
+        )
+    if re.match(r"(energon_fn|megatron\.energon)(\.|$)", module):
+        return sample_type_named(name)
+    what = f"the sample type {name} is to be imported from the module {module}"
+    if not trust:
+        raise EntryError(f"{what}. {TRUST_HINT}", "__module__")
+    try:
+        found = attrgetter(name)(importlib.import_module(module))
+    except (ImportError, AttributeError) as error:
+        remedy = "Install or correct the module, or put it on PYTHONPATH."
+        raise EntryError(f"{what}, but {error}. {remedy}", "__module__") from error
+    if not isinstance(found, type) or not dataclasses.is_dataclass(found):
+        raise EntryError(f"{module}.{name} is no sample type: it must be a dataclass.", "__class__")
+    return found
+
+
+# -------------------------------------------------------------------------------------- field maps
+
+
+class Access(NamedTuple):
+    """One way to a value: a part, then keys and numbers inside it."""
+
+    part: str
+    path: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.part + "".join(f"[{step}]" for step in self.path)
+
+    def value(self, raw: Mapping[str, Any]) -> Any:
+        """What lies there. LookupError says what is missing, and what there is instead.
+
+        >>> Access("json", ("a", "2")).value({"json": {"a": [5, 6]}})
+        Traceback (most recent call last):
+            ...
+        LookupError: no json[a][2] (json[a] is a list of 2)
+        """
+        if self.part not in raw:
+            parts = ", ".join(name for name in raw if not name.startswith("__")) or "none"
+            raise LookupError(f"no part {self.part!r} (of the parts that are read it has: {parts})")
+        found = raw[self.part]
+        for depth, step in enumerate(self.path):
+            try:
+                found = _inside(found, step)
+            except (LookupError, ValueError):
+                here = Access(self.part, self.path[:depth])
+                raise LookupError(f"no {here}[{step}] ({here} {_described(found)})") from None
+        return found
+
+
+def _inside(value: Any, step: str) -> Any:
+    if isinstance(value, Mapping):
+        return value[step]
+    if isinstance(value, list | tuple):
+        return value[int(step)]
+    raise LookupError(step)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"has the keys {', '.join(map(str, list(value)[:20])) or '(none)'}"
+    if isinstance(value, list | tuple):
+        return f"is a list of {len(value)}"
+    return f"is a {type(value).__name__}"
+
+
+def parse_accesses(text: Any) -> tuple[Access, ...]:
+    """The alternatives that an entry of a field map lists; ValueError says what is wrong with it.
+
+    >>> parse_accesses("txt, json[a][0]")
+    (Access(part='txt', path=()), Access(part='json', path=('a', '0')))
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"it must name a part, not {text!r}")
+    found = []
+    for alternative in text.split(","):
+        match = re.fullmatch(r"([^\[\],]+)((?:\[[^\[\]]+\])*)", alternative.strip())
+        if match is None:
+            raise ValueError(f"{alternative!r} in {text!r} is not a part with optional [keys]")
+        found.append(Access(match[1], tuple(re.findall(r"\[([^\]]+)\]", match[2]))))
+    return tuple(found)
+
+
+def check_field_map(sample_type: type[Any], field_map: Any) -> None:
+    """Raise DatasetError unless the field map gives the type's required fields and no others."""
+    if not isinstance(field_map, Mapping):
+        raise EntryError(f"field_map must map fields to parts, not {field_map!r}.", "field_map")
+    known = sample_fields(sample_type)
+    for name, text in field_map.items():
+        if name not in known:
+            data_fields = [field for field in known if field not in BOOKKEEPING]
+            problem = f"{sample_type.__name__} has no field {name!r}{there_are(name, data_fields)}"
+            raise EntryError(problem, "field_map", str(name))
+        try:
+            parse_accesses(text)
+        except ValueError as error:
+            remedy = "Write PART, PART[key][0] or several of these with commas between."
+            raise EntryError(f"field {name!r}: {error}. {remedy}", "field_map", name) from None
+    for name in required_fields(sample_type):
+        if name not in field_map:
+            problem = f"{sample_type.__name__} requires the field {name!r}, which has no entry."
+            raise EntryError(f"{problem} Add for example\n  {name}: PART", "field_map")
+
+
+@dataclass(frozen=True)
+class FieldMap:
+    """A field map, taken apart once: a function from a decoded raw dict to a sample.
+
+    It pickles. Raises :class:`SampleError` for a sample that lacks a value.
+
+    >>> from energon_fn.samples import TextSample
+    >>> make = FieldMap.of(TextSample, {"text": "txt,json[title][0]"})
+    >>> make({"__key__": "a", "txt": "hello"}).text
+    'hello'
+    >>> make({"__key__": "b", "json": {"title": ["bye"]}}).text
+    'bye'
+    """
+
+    sample_type: type[Any]
+    accesses: Mapping[str, tuple[Access, ...]]
+    carried: tuple[str, ...]
+    where: str
+
+    @classmethod
+    def of(
+        cls, sample_type: type[Any], field_map: Mapping[str, str], where: str = "the dataset"
+    ) -> FieldMap:
+        """Take it apart; ``where`` it is from, for messages. ValueError if an entry is malformed."""
+        accesses = {name: parse_accesses(text) for name, text in field_map.items()}
+        known = sample_fields(sample_type)
+        carried = tuple(name for name in BOOKKEEPING if name in known and name not in accesses)
+        return cls(sample_type, accesses, carried, where)
+
+    def __call__(self, raw: dict[str, Any]) -> Any:
+        values = {name: raw[name] for name in self.carried if name in raw}
+        for name, accesses in self.accesses.items():
+            missing = []
+            for access in accesses:
+                try:
+                    values[name] = access.value(raw)
+                    break
+                except LookupError as error:
+                    missing.append(str(error))
+            else:
+                raise SampleError(
+                    f"sample {_whereabouts(raw)}: no value for {name!r}: {'; '.join(missing)}. The "
+                    f"field map of {self.where} says {name}: {','.join(map(str, accesses))}. "
+                    "Exclude the sample in split.yaml, or add an alternative after a comma."
+                )
+        return self.sample_type(**values)
+
+
+@dataclass(frozen=True)
+class PartFilter:
+    """Says which parts of a sample have to be read: those in a set, or all.
+
+    >>> PartFilter(frozenset({"jpg"}))("txt"), PartFilter()("txt")
+    (False, True)
+    """
+
+    parts: frozenset[str] | None = None
+
+    def __call__(self, part: str) -> bool:
+        return self.parts is None or part in self.parts
+
+
+def _whereabouts(raw: Mapping[str, Any]) -> str:
+    shards = {source.shard_name for source in raw.get("__sources__") or ()}
+    return repr(raw.get("__key__")) + "".join(f" in {shard}" for shard in sorted(shards))
+
+
+# -------------------------------------------------------------------------------- code of datasets
+
+
+@dataclass(frozen=True)
+class DatasetCode:
+    """A function in a Python file of the dataset.
+
+    It is a path and a name, so it pickles; each process runs the file once, at the first call.
+    """
+
+    path: str
+    name: str
+
+    def __call__(self, value: Any) -> Any:
+        return getattr(_run(self.path), self.name)(value)
+
+    def check(self) -> None:
+        """Run the file, again if it was: it may have been edited. Raises DatasetError."""
+        _run.cache_clear()
+        functions = [name for name, thing in vars(_run(self.path)).items() if callable(thing)]
+        if self.name not in functions:
+            raise EntryError(
+                f"{self.path} has no function {self.name!r}{there_are(self.name, functions)}"
+            )
+
+
+@cache
+def _run(path: str) -> ModuleType:
+    """The module that a Python file makes, read through the seam and not cached beside the data."""
+    code = files.read_bytes(path)
+    module = ModuleType("energon_fn_dataset_" + hashlib.sha256(path.encode()).hexdigest()[:16])
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # where classes defined in the file look for it
+    try:
+        exec(compile(code, path, "exec"), vars(module))
+    except Exception as error:
+        raise DatasetError(f"{path} failed to load: {type(error).__name__}: {error}") from error
+    return module
+
+
+@dataclass(frozen=True)
+class SampleLoader:
+    """The dataset's own ``sample_loader``: a function from a decoded raw dict to a sample."""
+
+    sample_type: type[Any]
+    code: DatasetCode
+
+    def __call__(self, raw: dict[str, Any]) -> Any:
+        values = self.code(raw)
+        says = f"sample {_whereabouts(raw)}: {self.code.path}:{self.code.name} returned"
+        wants = self.sample_type.__name__
+        if not isinstance(values, Mapping):
+            raise DatasetError(
+                f"{says} {type(values).__name__}. It must return a dict of the fields of {wants}."
+            )
+        known = sample_fields(self.sample_type)
+        # The key is the loader's own business; where the sample comes from is not.
+        kept = {name: raw[name] for name in BOOKKEEPING if name in raw and name in known}
+        values = {**values, **kept, "__key__": values.get("__key__", raw["__key__"])}
+        for name in values:
+            if name not in known:
+                raise DatasetError(f"{says} {name!r}, no field of {wants}{there_are(name, known)}")
+        for name in required_fields(self.sample_type):
+            if name not in values:
+                raise SampleError(f"{says} no {name!r}, which {wants} requires.")
+        return self.sample_type(**values)

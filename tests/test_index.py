@@ -1,0 +1,657 @@
+from __future__ import annotations
+
+import gzip
+import io
+import multiprocessing
+import os
+import pickle
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from webdataset.tariterators import base_plus_ext
+
+from energon_fn import files, index
+from energon_fn.errors import DatasetError
+from energon_fn.index import (
+    BLOCK,
+    Index,
+    ShardIndex,
+    cached_index,
+    has_parts,
+    idx_bytes,
+    index_shard,
+    index_shards,
+    split_name,
+    write_index,
+)
+
+LONG = "long" * 60
+Entry = tuple[str, bytes | None]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(files, "_open_shards", {})
+    monkeypatch.setenv("ENERGON_FN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write_tar(
+    path: Path, entries: list[Entry], form: int = tarfile.GNU_FORMAT, links: bool = False
+) -> Path:
+    """Files with their content; None makes a folder (or a link to the first file)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w", format=form) as tar:
+        for name, data in entries:
+            info = tarfile.TarInfo(name)
+            if data is None:
+                info.type = tarfile.LNKTYPE if links else tarfile.DIRTYPE
+                info.linkname = entries[0][0] if links else ""
+            info.size = len(data or b"")
+            tar.addfile(info, io.BytesIO(data or b""))
+    return path
+
+
+def numbered(n: int, prefix: str = "") -> list[Entry]:
+    return [(f"{prefix}{i:04d}.{part}", f"{part}{i}".encode()) for i in range(n)
+            for part in ("jpg", "txt")]  # fmt: skip
+
+
+def by_hand(entries: list[Entry]) -> list[tuple[str, list[tuple[str, bytes]]]]:
+    """The samples of a tar: runs of files with the same key."""
+    parts = [(*found, data) for name, data in entries
+             if data is not None and (found := split_name(name))]  # fmt: skip
+    return [
+        (key, [(name, data) for _, name, data in run])
+        for key, run in groupby(parts, lambda part: part[0])
+    ]
+
+
+# ------------------------------------------------------------------------------------ index_shard
+
+simple = st.text("ab0_-é ", min_size=1, max_size=4)
+tricky = st.text("ab._/é-", min_size=1, max_size=12)
+file_names = st.one_of(
+    tricky,
+    st.builds("{}.{}".format, simple, simple),
+    st.builds("{}/{}.{}.{}".format, simple, simple, simple, simple),
+    st.builds((LONG + "{}.{}").format, simple, simple),
+)
+tars = st.lists(st.tuples(file_names, st.none() | st.binary(max_size=1500)), max_size=12)
+formats = st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+
+
+@given(tricky)
+def test_names_are_split_as_webdataset_does(name: str) -> None:
+    expected = base_plus_ext(name)
+    assert split_name(name) == (None if expected[0] is None else expected)
+
+
+@pytest.mark.parametrize("name", ["__meta__", "__meta__.json/a.txt", "__x__/0001.txt"])
+def test_meta_files_are_in_no_sample(name: str) -> None:
+    skipped = name != "__meta__.json/a.txt"  # that folder is not called __like_this__
+    assert (split_name(name) is None) == skipped
+
+
+@settings(deadline=None)
+@given(tars, formats, st.booleans())
+def test_samples_are_runs_of_files_with_one_key(
+    tmp_path_factory: pytest.TempPathFactory, entries: list[Entry], form: int, packed: bool
+) -> None:
+    # A folder's name has a slash at its end; tarfile takes it away from files too.
+    entries = [(name.rstrip("/") or "x", data) for name, data in entries]
+    path = tmp_path_factory.mktemp("t") / ("a.tgz" if packed else "a.tar")
+    write_tar(path, entries, form)
+    stream = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
+
+    shard = index_shard(path, "sub/a.tar")
+
+    expected = by_hand(entries)
+    assert shard.name == "sub/a.tar"
+    assert shard.keys == [key for key, _ in expected]
+    assert [
+        [(name, stream[offset : offset + size]) for name, offset, size in parts]
+        for parts in shard.parts
+    ] == [parts for _, parts in expected]
+    # From offset to offset, the shard is cut into tars that hold just the sample (and what lies
+    # between it and the next one that belongs to none).
+    for i, (key, parts) in enumerate(expected):
+        piece = io.BytesIO(stream[shard.offsets[i] : shard.offsets[i + 1]])
+        names = [member.name for member in tarfile.TarFile(fileobj=piece) if member.isreg()]
+        assert names[0] == f"{key}.{parts[0][0]}"
+        assert [n for n in names if split_name(n)] == [f"{key}.{part}" for part, _ in parts]
+    assert not any(stream[shard.offsets[-1] :])
+
+
+def test_what_webdataset_writes_and_reads(tmp_path: Path) -> None:
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
+        for i in range(20):
+            tar.write({"__key__": f"d{i % 3}/{i}", "txt": "t" * i, "x.json": {"i": i}})
+    shard = index_shard(tmp_path / "a.tar")
+    data = (tmp_path / "a.tar").read_bytes()
+    read = webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)
+    assert [
+        {"__key__": key, **{part: data[at : at + size] for part, at, size in parts}}
+        for key, parts in zip(shard.keys, shard.parts, strict=True)
+    ] == [{k: v for k, v in s.items() if k not in ("__url__", "__local_path__")} for s in read]
+
+
+def test_contents_of_uncompressed_shards_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open(tmp_path / "a.tar", "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
+        for i in range(10):
+            info = tarfile.TarInfo(f"{i}.bin")
+            info.size = 2**30
+            file.write(info.tobuf())
+            file.seek(2**30, os.SEEK_CUR)
+            tar.offset = file.tell()
+    started = time.perf_counter()
+    assert len(index_shard(tmp_path / "a.tar")) == 10
+    assert time.perf_counter() - started < 2  # 10 GiB would take longer
+
+
+def test_offsets_as_megatron_energon_writes_them() -> None:
+    shard = ShardIndex("a.tar", ["a", "b"], [512, 2**33, 2**33 + 1024], [(), ()])
+    assert idx_bytes(shard) == b"".join(n.to_bytes(8, "little") for n in shard.offsets)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: d[:3000], "unexpected end of data; the last whole sample is '0000'"),
+        (lambda d: d[: 4 * 1024 + 100], "cut short .*; the last whole sample is '0000'"),
+        (lambda d: d[: 6 * 1024], "cut short .*append 1024 zero bytes.*sample is '0001'"),
+        (lambda d: d[:4096] + b"\xff" * 512 + d[4608:], "byte 4096 is not a tar header"),
+        (lambda d: d[:600], "unexpected end of data; no sample is whole"),
+        (lambda d: b"no tar at all" * 100, "invalid header; no sample is whole"),
+        (lambda d: b"", "empty file; no sample is whole"),
+    ],
+)
+def test_a_damaged_shard_is_named_with_the_last_good_sample(
+    tmp_path: Path, damage: object, message: str
+) -> None:
+    path = write_tar(tmp_path / "a.tar", numbered(3))
+    path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
+    with pytest.raises(DatasetError, match=rf"a\.tar: .*{message}.*again"):
+        index_shard(path)
+
+
+@pytest.mark.parametrize("size", [10, 100, -5])
+def test_a_damaged_compressed_shard_is_named(tmp_path: Path, size: int) -> None:
+    path = write_tar(tmp_path / "a.tgz", numbered(3))
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(DatasetError, match=r"a\.tgz.*again"):
+        index_shard(path)
+
+
+def test_a_sparse_file_has_no_bytes_to_read(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("a.bin")
+    info.type = tarfile.GNUTYPE_SPARSE
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.addfile(info)
+    with pytest.raises(DatasetError, match=r"a\.bin is a sparse file"):
+        index_shard(tmp_path / "a.tar")
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [(os.fsdecode(b"caf\xe9.txt"), b"")])
+    with pytest.raises(DatasetError, match=r"a\.tar: a file name near .* is not UTF-8"):
+        index_shard(tmp_path / "a.tar")
+
+
+def test_links_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tar(tmp_path / "a.tar", [("0.jpg", b"1"), ("0.txt", None), ("1", None)], links=True)
+    assert index_shard(tmp_path / "a.tar").parts == [(("jpg", 512, 1),)]
+    assert "a.tar: 1 links are not read" in caplog.text
+
+
+def test_concatenated_tars_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in "ab":
+        write_tar(tmp_path / f"{name}.tar", [(f"{name}.txt", b"")])
+    (tmp_path / "c.tar").write_bytes(
+        (tmp_path / "a.tar").read_bytes() + (tmp_path / "b.tar").read_bytes()
+    )
+    assert index_shard(tmp_path / "c.tar").keys == ["a"]
+    assert "c.tar has data behind its end-of-archive marker at byte 512" in caplog.text
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_shards_come_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    names = [f"{i}.tar" for i in range(9)]
+    for i, name in enumerate(names):
+        write_tar(tmp_path / name, numbered(i, name))
+    expected = [index_shard(tmp_path / name) for name in names]
+    monkeypatch.setattr(threading, "active_count", lambda: threads)
+    assert list(index_shards(tmp_path, names, workers=2)) == expected
+    assert list(index_shards(tmp_path, names, workers=1)) == expected
+    (tmp_path / "4.tar").unlink()
+    with pytest.raises(DatasetError, match=r"4\.tar does not exist"):
+        list(index_shards(tmp_path, names, workers=2))
+    assert multiprocessing.active_children() == []
+
+
+# ------------------------------------------------------------------------------------ write_index
+
+
+def rows(path: Path, table: str) -> list[tuple[object, ...]]:
+    with sqlite3.connect(path) as db:
+        return sorted(db.execute(f"SELECT * FROM {table}").fetchall())
+
+
+def odd_folder(folder: Path) -> list[str]:
+    """Shards with about everything that a tar may hold, all keys different."""
+    write_tar(folder / "a.tar", [("0.jpg", b"x" * 2002), ("0.txt", b"hi"), ("1.jpg", b"y"), *
+                                 [("1.txt", b"")]])  # fmt: skip
+    write_tar(folder / "dots.tar", [
+        (".hidden", b"1"), ("nodot", b"2"), ("o.jpg", b"1"), ("nodot2", b"5"), ("o.txt", b"2"),
+        (".h.txt", b"1"), ("x/.h.txt", b"1"), ("__meta.json", b"1"), ("__meta__/c.txt", b"1"),
+        ("c2.", b"1"), ("c2.txt", b"1"), ("c3/.a.b.txt", b"1"), ("c4.d/.h.txt", b"1"),
+        ("c5.d/e", b"1"), ("c6..txt", b"1"), ("/abs/c8.txt", b"1"), ("../c9.txt", b"1"),
+        ("sp ace.txt", b"1"), ("t.txt", b"1"), ("end", b"e" * 600),
+    ])  # fmt: skip
+    write_tar(folder / "sub/b.tar", [
+        ("d", None), ("d/0.jpg", b"1"), ("d/0.txt", b"2"), ("d/e/0.jpg", b"3"), ("d.x/k.txt", b"b"),
+        ("./w.detail.json", b"{}"), ("K.JPG", b"q"), ("last", None),
+    ])  # fmt: skip
+    write_tar(folder / "sub/g.tar", [(LONG + ".jpg", b"1"), (LONG + ".txt", b"2"), ("z.jpg", b"")])
+    write_tar(folder / "sub-p/p.tar", [(LONG + "p.jpg", b"1"), ("ü.txt", b"2")], tarfile.PAX_FORMAT)
+    write_tar(folder / "u.tar", [("s" * 60 + "/" + "t" * 60 + ".txt", b"1")], tarfile.USTAR_FORMAT)
+    write_tar(folder / "links.tar", [("l0.jpg", b"1"), ("l0.txt", None)], links=True)
+    write_tar(folder / "twice.tar", [("w2.jpg", b"1"), ("w2.jpg", b"22")])
+    return files.list_tars(folder)
+
+
+def test_the_index_is_what_megatron_energon_makes(tmp_path: Path) -> None:
+    pytest.importorskip("megatron.energon")
+    folder = tmp_path / "set"
+    names = odd_folder(folder)
+    command = [
+        os.path.join(os.path.dirname(sys.executable), "energon"), "prepare", str(folder),
+        "--non-interactive", "--split-ratio", "8,1,1", "--sample-type", "CaptioningSample",
+        "--field-map", '{"image":"jpg","caption":"txt"}',
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    theirs = folder / ".nv-meta" / "index.sqlite"
+
+    ours = tmp_path / "index.sqlite"
+    shards = list(index_shards(folder, names))
+    assert write_index(ours, shards).duplicates == ()
+
+    assert rows(ours, "samples") == rows(theirs, "samples")
+    assert rows(ours, "sample_parts") == rows(theirs, "sample_parts")
+    columns = "SELECT m.name, c.* FROM sqlite_master m JOIN pragma_table_info(m.name) c"
+    indices = "SELECT m.name, c.* FROM sqlite_master m JOIN pragma_index_info(m.name) c"
+    for query in (columns, indices):
+        with sqlite3.connect(ours) as db, sqlite3.connect(theirs) as other:
+            assert sorted(db.execute(query)) == sorted(other.execute(query))
+    for shard in shards:
+        assert (folder / (shard.name + ".idx")).read_bytes() == idx_bytes(shard)
+    # And their index is read as ours is.
+    for path in (str(ours), str(theirs)):
+        assert has_parts(path)
+        reader = Index(path, str(folder), tuple(names))
+        for i, shard in enumerate(shards):
+            for j, key in enumerate(shard.keys):
+                assert reader.parts(i, j) == (key, shard.parts[j])
+                assert reader.find(key) == (i, j)
+
+
+def test_the_summary_counts(tmp_path: Path) -> None:
+    shards = [
+        ShardIndex("b.tar", ["x", "y"], [0, 512, 1024], [(("jpg", 0, 1),), (("txt", 1, 1),)]),
+        ShardIndex("a.tar", [], [0], []),
+    ]
+    summary = write_index(tmp_path / "i", iter(shards))
+    assert list(summary.counts.items()) == [("b.tar", 2), ("a.tar", 0)]
+    assert summary.part_names == ("jpg", "txt")
+    assert rows(tmp_path / "i", "samples") == [(0, "x", 0, 0, 512), (0, "y", 1, 512, 512)]
+    assert os.listdir(tmp_path) == ["i"]
+
+
+def test_duplicate_keys_are_data_and_nothing_is_written(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("a.x", b""), ("b.x", b""), ("a.y", b"")])
+    write_tar(tmp_path / "b.tar", [("c.x", b""), ("b.x", b""), ("b.y", b"")])
+    (tmp_path / "out").mkdir()
+    shards = index_shards(tmp_path, ["a.tar", "b.tar"])
+    summary = write_index(tmp_path / "out" / "i", shards)
+    assert summary.duplicates == (("a", "a.tar"), ("b", "b.tar"))
+    assert summary.counts == {"a.tar": 3, "b.tar": 2}
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_writing_holds_one_shard_at_a_time(tmp_path: Path) -> None:
+    alive: weakref.WeakSet[ShardIndex] = weakref.WeakSet()
+    most = 0
+
+    class Tracked(ShardIndex):
+        __hash__ = object.__hash__
+
+    def shards() -> Iterator[ShardIndex]:
+        nonlocal most
+        for i in range(20):
+            shard = Tracked(str(i), [f"{i}"], [0, 1], [()])
+            alive.add(shard)
+            most = max(most, len(alive))
+            yield shard
+
+    write_index(tmp_path / "i", shards())
+    assert most <= 2
+
+
+# ------------------------------------------------------------------------------------------ Index
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> tuple[Index, list[list[Entry]]]:
+    """Two shards of a little more than one and two blocks."""
+    contents = [numbered(BLOCK + 3, "a"), numbered(2 * BLOCK + 1, "b")]
+    names = ("0.tar", "sub/1.tar")
+    for name, entries in zip(names, contents, strict=True):
+        write_tar(tmp_path / "set" / name, entries)
+    write_index(tmp_path / "index.sqlite", index_shards(tmp_path / "set", names))
+    return Index(str(tmp_path / "index.sqlite"), str(tmp_path / "set"), names), contents
+
+
+def whole(reader: Index, contents: list[list[Entry]]) -> bool:
+    """Every sample, in an order that visits the blocks again and again."""
+    expected = [by_hand(entries) for entries in contents]
+    places = [(i, j) for i, samples in enumerate(expected) for j in range(len(samples))]
+    for shard, sample in places[::7] + places[::-1]:
+        key, parts = reader.parts(shard, sample)
+        path = os.path.join(reader.root, reader.shards[shard])
+        read = [(name, files.read_at(path, at, size)) for name, at, size in parts]
+        if (key, read) != expected[shard][sample] or reader.find(key) != (shard, sample):
+            return False
+    return True
+
+
+def test_every_sample_is_found(dataset: tuple[Index, list[list[Entry]]]) -> None:
+    assert whole(*dataset)
+    assert dataset[0].find("no such key") is None
+
+
+def test_blocks_are_forgotten_and_read_again(
+    dataset: tuple[Index, list[list[Entry]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "_KEPT_BLOCKS", 2)
+    assert whole(*dataset)
+    assert len(dataset[0]._blocks) == 2
+
+
+def test_one_query_serves_a_block(dataset: tuple[Index, list[list[Entry]]]) -> None:
+    reader, _ = dataset
+    reader.parts(1, 0)
+    db = reader._db
+    assert db is not None
+    statements: list[str] = []
+    db[1].set_trace_callback(statements.append)
+    for i in range(BLOCK):
+        reader.parts(1, i)
+    assert statements == []
+
+
+@pytest.mark.parametrize("sample", [BLOCK + 3, 5 * BLOCK])
+def test_a_sample_that_is_not_there(
+    dataset: tuple[Index, list[list[Entry]]], sample: int
+) -> None:
+    with pytest.raises(DatasetError, match=rf"has no sample {sample} of 0\.tar.*energon-fn prep"):
+        dataset[0].parts(0, sample)
+
+
+def test_it_pickles_as_its_arguments(dataset: tuple[Index, list[list[Entry]]]) -> None:
+    reader, contents = dataset
+    assert whole(reader, contents)
+    data = pickle.dumps(reader)
+    assert len(data) < 500
+    assert whole(pickle.loads(data), contents)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes_read(
+    dataset: tuple[Index, list[list[Entry]]], method: str
+) -> None:
+    reader, _ = dataset
+    expected = reader.parts(1, 5)
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.apply(reader.parts, (1, 5)) == expected
+        assert pool.apply(reader.find, (expected[0],)) == (1, 5)
+    assert reader.find(expected[0]) == (1, 5)
+
+
+def test_threads_read_while_others_fork(dataset: tuple[Index, list[list[Entry]]]) -> None:
+    reader, contents = dataset
+    results: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(whole(reader, contents)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    children = []
+    for _ in range(10):
+        child = os.fork()
+        if not child:
+            reader._blocks.clear()
+            os._exit(reader.parts(1, 200)[0] != "b0200")
+        children.append(child)
+    for thread in threads:
+        thread.join()
+    assert results == [True] * 4
+    assert {os.waitpid(child, 0)[1] for child in children} == {0}
+
+
+def test_an_index_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "i").write_bytes(b"not a database, and longer than its header" * 100)
+    with pytest.raises(DatasetError, match=r"/i: the index cannot be used"):
+        Index(str(tmp_path / "i"), "", ()).find("a")
+    with pytest.raises(DatasetError, match="cannot be used"):
+        Index(str(tmp_path / "gone"), "", ()).find("a")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "change", ["cut", "grown", "moved", "another key", "another size", "zeros", "garbage"]
+)
+def test_a_shard_that_changed_is_noticed(tmp_path: Path, change: str, packed: bool) -> None:
+    name = "a.tgz" if packed else "a.tar"
+    old = numbered(3)
+    path = write_tar(tmp_path / name, old)
+    write_index(tmp_path / "i", [index_shard(path)])
+    reader = Index(str(tmp_path / "i"), str(tmp_path), (name,))
+    reader.parts(0, 0)
+
+    new = {
+        "cut": old[:-2],
+        "grown": [*old, ("0003.jpg", b"")],
+        "moved": [("x", b"x"), *old],
+        "another key": [("1000.jpg", b"jpg0"), *old[1:]],
+        "another size": [("0000.jpg", b"jpg00"), *old[1:]],
+    }.get(change, old)
+    write_tar(path, new)
+    if change in ("zeros", "garbage"):
+        data = (b"\0" if change == "zeros" else b"\xff") * 1024
+        path.write_bytes(gzip.compress(data * 9) if packed else data * 9)
+    reader._blocks.clear()
+    message = rf"{name} changed since it was indexed.*Prepare the dataset again.*{tmp_path}"
+    with pytest.raises(DatasetError, match=message):
+        reader.parts(0, 0)
+
+
+@pytest.mark.parametrize("extra", [-20 * 512 + 4 * 512, 0, 100 * 10240])
+def test_the_padding_behind_a_tar_may_be_of_any_size(tmp_path: Path, extra: int) -> None:
+    path = write_tar(tmp_path / "a.tar", numbered(2))
+    data = path.read_bytes()
+    write_index(tmp_path / "i", [index_shard(path)])
+    end = index_shard(path).offsets[-1]
+    path.write_bytes((data + bytes(max(extra, 0)))[: None if extra >= 0 else end])
+    assert Index(str(tmp_path / "i"), str(tmp_path), ("a.tar",)).parts(0, 1)[0] == "0001"
+
+
+def test_a_missing_shard_is_named(dataset: tuple[Index, list[list[Entry]]]) -> None:
+    reader, _ = dataset
+    os.unlink(os.path.join(reader.root, "sub/1.tar"))
+    assert reader.parts(0, 0)[0] == "a0000"
+    with pytest.raises(DatasetError, match=r"sub/1\.tar does not exist: check the path"):
+        reader.parts(1, 0)
+
+
+def test_older_indices_have_no_parts(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "i") as db:
+        db.execute("CREATE TABLE samples (tar_file_id, sample_key, sample_index)")
+    assert not has_parts(tmp_path / "i")
+    assert not has_parts(tmp_path / "none")
+
+
+# ----------------------------------------------------------------------------------- cached_index
+
+
+@pytest.fixture
+def walked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the shards that are walked from now on."""
+    names: list[str] = []
+    walk = index_shard
+
+    def recording(path: str, name: str | None = None) -> ShardIndex:
+        names.append(os.path.basename(path))
+        return walk(path, name)
+
+    monkeypatch.setattr(index, "index_shard", recording)
+    monkeypatch.setattr(threading, "active_count", lambda: 2)  # threads, so that this list is seen
+    return names
+
+
+def all_keys(root: Path, names: list[str]) -> list[list[str]]:
+    path, counts = cached_index(root, names)
+    assert list(counts) == names
+    reader = Index(path, str(root), tuple(names))
+    return [
+        [reader.parts(i, j)[0] for j in range(count)] for i, count in enumerate(counts.values())
+    ]
+
+
+def test_only_what_changed_is_walked_again(
+    tmp_path: Path, walked: list[str], cache: Path
+) -> None:
+    root, names = tmp_path / "set", ["a.tar", "b.tar", "c.tar"]
+    for name in names:
+        write_tar(root / name, numbered(BLOCK + 2, name[0]))
+    expected = [[f"{n[0]}{i:04d}" for i in range(BLOCK + 2)] for n in names]
+    assert all_keys(root, names) == expected
+    assert sorted(walked) == names
+    assert all_keys(root, names) == expected
+    assert len(walked) == 3
+
+    write_tar(root / "b.tar", numbered(1, "b"))
+    write_tar(root / "aa.tar", numbered(2, "aa"))
+    walked.clear()
+    assert all_keys(root, ["a.tar", "aa.tar", "b.tar", "c.tar"]) == [
+        expected[0], ["aa0000", "aa0001"], ["b0000"], expected[2],
+    ]  # fmt: skip
+    assert sorted(walked) == ["aa.tar", "b.tar"]
+
+    (root / "a.tar").unlink()
+    walked.clear()
+    assert all_keys(root, ["c.tar", "b.tar"]) == [expected[2], ["b0000"]]
+    assert walked == []
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_a_changed_time_is_a_change(tmp_path: Path, walked: list[str]) -> None:
+    write_tar(tmp_path / "a.tar", numbered(1, "a"))
+    assert all_keys(tmp_path, ["a.tar"]) == [["a0000"]]
+    write_tar(tmp_path / "a.tar", numbered(1, "b"))
+    os.utime(tmp_path / "a.tar", ns=(1, 1))
+    assert all_keys(tmp_path, ["a.tar"]) == [["b0000"]]
+    assert walked == ["a.tar", "a.tar"]
+
+
+def test_another_way_to_the_same_folder_has_the_same_index(
+    tmp_path: Path, walked: list[str]
+) -> None:
+    write_tar(tmp_path / "set" / "a.tar", numbered(1))
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    assert cached_index(tmp_path / "set", ["a.tar"]) == cached_index(tmp_path / "link", ["a.tar"])
+    assert walked == ["a.tar"]
+
+
+def test_duplicate_keys_are_there_and_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.tar", "b.tar"):
+        write_tar(tmp_path / name, numbered(2))
+    assert all_keys(tmp_path, ["a.tar", "b.tar"]) == [["0000", "0001"]] * 2
+    assert "the key '0000' occurs more than once" in caplog.text
+    path, _ = cached_index(tmp_path, ["a.tar", "b.tar"])
+    assert Index(path, str(tmp_path), ("a.tar", "b.tar")).find_all("0001") == [(0, 1), (1, 1)]
+
+
+def test_indices_of_other_times_go_after_a_month(tmp_path: Path, cache: Path) -> None:
+    root = tmp_path / "set"
+    for n in (1, 2, 3):
+        write_tar(root / "a.tar", numbered(n))
+        path, _ = cached_index(root, ["a.tar"])
+        if n == 1:
+            os.utime(path, (0, 0))
+    write_tar(tmp_path / "other" / "a.tar", numbered(1))
+    other, _ = cached_index(tmp_path / "other", ["a.tar"])
+    os.utime(other, (0, 0))
+    write_tar(root / "a.tar", numbered(4))
+    cached_index(root, ["a.tar"])
+    assert len(list(cache.iterdir())) == 4  # without the first, with the other dataset's
+
+
+def test_several_processes_make_it_at_once(tmp_path: Path, cache: Path) -> None:
+    names = [f"{i}.tar" for i in range(4)]
+    for name in names:
+        write_tar(tmp_path / "set" / name, numbered(50, name[0]))
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        jobs = [pool.apply_async(cached_index, (tmp_path / "set", names)) for _ in range(4)]
+        found = [job.get() for job in jobs]
+    assert len({path for path, _ in found}) == 1
+    assert [path.name for path in cache.iterdir()] == [os.path.basename(found[0][0])]
+    assert all_keys(tmp_path / "set", names)[3][49] == "30049"
+
+
+def test_a_damaged_shard_leaves_no_index(tmp_path: Path, cache: Path) -> None:
+    write_tar(tmp_path / "a.tar", numbered(1))
+    (tmp_path / "b.tar").write_bytes(b"?" * 5000)
+    with pytest.raises(DatasetError, match=r"b\.tar: "):
+        cached_index(tmp_path, ["a.tar", "b.tar"])
+    assert list(cache.iterdir()) == []
+
+
+def test_without_a_cache_folder_a_temporary_one_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("ENERGON_FN_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    write_tar(tmp_path / "a.tar", numbered(1))
+    path, counts = cached_index(tmp_path, ["a.tar"])
+    assert counts == {"a.tar": 1}
+    assert Path(path).is_relative_to(tmp_path / "tmp")
+    shutil.rmtree(tmp_path / "tmp")
+
+
+def test_an_index_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"none/i: the index cannot be used: unable to open"):
+        write_index(tmp_path / "none" / "i", [])
