@@ -26,12 +26,13 @@ from energon_fn.errors import (
     IgnoreSample,
     SampleError,
     SkipSample,
+    StateError,
     WorkerError,
     log_exception,
     reraise_exception,
 )
 from energon_fn.lanes import WorkerConfig, default_worker_config
-from energon_fn.loader import Loader, get_loader
+from energon_fn.loader import Loader, get_loader, get_savable_loader
 from energon_fn.prepare import BaseWebdatasetFactory, prepare_dataset, write_dataset_yaml
 from energon_fn.samples import (
     Batch,
@@ -101,6 +102,7 @@ __all__ = [
     "SkipSample",
     "Source",
     "SourceInfo",
+    "StateError",
     "TaskEncoder",
     "TextSample",
     "VQAOCRSample",
@@ -127,6 +129,7 @@ __all__ = [
     "generic_batch",
     "get_dataset",
     "get_loader",
+    "get_savable_loader",
     "get_train_dataset",
     "get_val_dataset",
     "get_val_datasets",

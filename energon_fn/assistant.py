@@ -10,28 +10,26 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 
-from . import files
-from .decoding import decode_part
-from .errors import DatasetError, SampleError
-from .index import index_shard
-from .metadata import (
-    DATASET_YAML,
-    DatasetConfig,
+from energon_fn import files
+from energon_fn.decoding import decode_part
+from energon_fn.errors import DatasetError, SampleError
+from energon_fn.fields import (
+    Access,
+    parse_accesses,
     required_fields,
     sample_fields,
     sample_type_named,
-    to_sample,
 )
-from .prepare import guess_field_map, split_by_ratio
-from .samples import BOOKKEEPING, SAMPLE_TYPES, edataclass
-from .terminal import columns, describe, one_line, shorten
+from energon_fn.index import index_shard
+from energon_fn.prepare import guess_field_map, split_by_ratio
+from energon_fn.samples import BOOKKEEPING, SAMPLE_TYPES
+from energon_fn.terminal import columns, describe, one_line, shorten
 
 T = TypeVar("T")
 Ratio = list[tuple[str, float]]
@@ -92,30 +90,6 @@ def ratio_of(text: str) -> Ratio:
             f"{text!r}"
         ) from None
     return [("train", train), ("val", val), ("test", test)]
-
-
-def checked_field_map(sample_type: type[Any], field_map: Mapping[str, str]) -> dict[str, str]:
-    """The field map, if it fits the sample type; ValueError says what does not.
-
-    >>> from energon_fn import CaptioningSample
-    >>> checked_field_map(CaptioningSample, {"image": "jpg"})
-    Traceback (most recent call last):
-        ...
-    ValueError: CaptioningSample needs the field 'caption': add for example "caption": "txt"
-    """
-    name = sample_type.__name__
-    known = [field for field in sample_fields(sample_type) if field not in BOOKKEEPING]
-    for field, access in field_map.items():
-        if field not in known:
-            raise ValueError(f"{name} has no field {field!r}; it has: {', '.join(known)}")
-        try:
-            _reader(access)
-        except ValueError as error:
-            raise ValueError(f"field {field!r}: {error}") from None
-    for field in required_fields(sample_type):
-        if field not in field_map:
-            raise ValueError(f'{name} needs the field {field!r}: add for example "{field}": "txt"')
-    return dict(field_map)
 
 
 # ----------------------------------------------------------------------------------- the questions
@@ -251,59 +225,41 @@ def ask_field_map(sample_type: type[Any], look: Look) -> dict[str, str]:
 
 
 def _ask_field(field: str, sample_type: type[Any], usual: str | None, look: Look) -> str:
-    annotation = sample_fields(sample_type)[field].type
+    wanted = _EXPECTED.get(str(sample_fields(sample_type)[field].type))
 
     def checked(answer: str) -> str:
-        try:
-            values = [_reader(answer)(sample).value for sample in look.samples]
-        except SampleError:
-            raise ValueError(_why_not(answer, look)) from None
+        accesses = parse_accesses(answer)
+        values = [_value(sample, accesses) for sample in look.samples]
         for value in values:
-            if isinstance(value, SampleError):
-                raise ValueError(str(value))
-            wanted = _EXPECTED.get(str(annotation))
             if wanted is not None and not isinstance(value, wanted[1]):
                 found = describe(value, columns() // 2)
-                raise ValueError(f"{field} must be {wanted[0]}; {answer} is: {found}")
+                raise ValueError(f"{field} must be {wanted[0]}, {answer} is {found}")
         print("  -> " + describe(values[0], columns() - 6))
-        return ",".join(access.strip() for access in answer.split(","))
+        return ",".join(map(str, accesses))
 
     return ask(f"  {field}", usual, checked)
 
 
-# What the annotation of a field asks for; nothing is said of other annotations.
-_EXPECTED = {
+# What the annotation of a field asks for; other annotations are not checked.
+_EXPECTED: dict[str, tuple[str, Any]] = {
     "str": ("a text", str),
     "torch.Tensor": ("a picture or tensor", (Image.Image, torch.Tensor, np.ndarray)),
 }
 
 
-@edataclass
-class _Value:
-    """A sample of one field: to try a field's access by the rules of field maps."""
-
-    value: Any
-
-
-def _reader(access: str) -> Callable[[dict[str, Any]], Any]:
-    return to_sample(DatasetConfig(Path(DATASET_YAML), _Value, {"value": access}))
-
-
-def _why_not(access: str, look: Look) -> str:
-    """Which of the samples has no such value, and what it has instead."""
-    read = _reader(access)
-    for sample in look.samples:
+def _value(sample: dict[str, Any], accesses: Sequence[Access]) -> Any:
+    """What the first access that the sample has gives; ValueError says why there is none."""
+    missing = []
+    for access in accesses:
         try:
-            read(sample)
-        except SampleError:
-            has = [
-                f"{part}[{key}]" if key is not None else part
-                for part, value in sample.items()
-                if not part.startswith("__")
-                for key in [None, *(value if isinstance(value, Mapping) else ())]
-            ]
-            return f"sample {sample['__key__']} has no {access!r}. It has {', '.join(has)}"
-    return f"no sample has {access}"
+            value = access.value(sample)
+        except LookupError as error:
+            missing.append(str(error))
+            continue
+        if isinstance(value, SampleError):
+            raise ValueError(f"sample {sample['__key__']}: {value}")
+        return value
+    raise ValueError(f"sample {sample['__key__']}: {'; '.join(missing)}")
 
 
 def ask_yes(question: str) -> bool:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import multiprocessing
 import os
+import re
 import signal
 import sys
 import warnings
@@ -37,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
+        for child in multiprocessing.active_children():  # one that was just being started
+            child.terminate()
         return INTERRUPTED
     except BrokenPipeError:  # `| head` has seen enough; what is in the buffer goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -45,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     """Run the command; what is wrong with data and arguments is said in one line."""
-    from . import commands
-    from .errors import DatasetError, FatalSampleError, SampleError
+    from energon_fn import commands
+    from energon_fn.errors import DatasetError, FatalSampleError, SampleError
 
     # A walk of a large tar ends at once; loader processes end in order, told by this one.
     _set_up_process(signal.SIG_DFL if args.command == "prepare" else signal.SIG_IGN)
@@ -56,7 +60,7 @@ def _run(args: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except (DatasetError, FatalSampleError, SampleError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error: " + re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr)
         return ERROR
 
 

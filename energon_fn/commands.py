@@ -19,17 +19,27 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from . import assistant, files, metadata
-from .decoding import decoder
-from .demo import run_demo
-from .errors import DatasetError, SampleError, logger
-from .index import cached_index, has_parts
-from .lint import BadSample, open_shards
-from .lint import lint as bad_samples_of
-from .prepare import prepare_dataset, write_dataset_yaml
-from .sheet import contact_sheet
-from .source import Source, open_source
-from .terminal import can_draw, columns, describe, half_blocks, one_line, picture_of, size
+from energon_fn import assistant, files, metadata
+from energon_fn.braces import collapse_braces
+from energon_fn.decoding import decoder
+from energon_fn.demo import run_demo
+from energon_fn.errors import DatasetError, SampleError, logger
+from energon_fn.fields import check_field_map, sample_type_named
+from energon_fn.index import cached_index, has_parts
+from energon_fn.lint import BadSample, open_shards
+from energon_fn.lint import lint as bad_samples_of
+from energon_fn.prepare import prepare_dataset, write_dataset_yaml
+from energon_fn.sheet import contact_sheet
+from energon_fn.source import Source, open_source
+from energon_fn.terminal import (
+    can_draw,
+    columns,
+    describe,
+    half_blocks,
+    one_line,
+    picture_of,
+    size,
+)
 
 BAD, ERROR = 1, 2
 
@@ -134,7 +144,7 @@ def _about_samples(args: argparse.Namespace, shard: str, interactive: bool) -> A
         raise ValueError("--field-map needs --sample-type.")
     sample_type, field_map = None, None
     if args.sample_type:
-        sample_type = metadata.sample_type_named(args.sample_type)
+        sample_type = sample_type_named(args.sample_type)
     elif not interactive:
         return None
     if args.field_map:
@@ -148,7 +158,9 @@ def _about_samples(args: argparse.Namespace, shard: str, interactive: bool) -> A
             return About(sample_type, assistant.ask_field_map(sample_type, look))
     if sample_type is None:  # a field map is of no use then, and megatron-energon ignores it too
         return About(None, None)
-    return About(sample_type, field_map and assistant.checked_field_map(sample_type, field_map))
+    if field_map is not None:
+        check_field_map(sample_type, field_map)
+    return About(sample_type, field_map)
 
 
 def _json_map(text: str) -> dict[str, str]:
@@ -362,7 +374,7 @@ def _is_prepared(path: str) -> bool:
 
 
 def _range_of(shards: Sequence[str]) -> str:
-    patterns = metadata.collapse_braces(shards)
+    patterns = collapse_braces(shards)
     return ", ".join(patterns if len(patterns) <= 3 else [*patterns[:2], "...", patterns[-1]])
 
 

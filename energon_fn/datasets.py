@@ -63,6 +63,26 @@ class Dataset(Generic[T]):
         lifted: Stream[T] = pipe(keys, *lifts(self))
         return lifted
 
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What a saved state depends on, as plain data: order, sizes and stages, not user code."""
+        source = self.source
+        names = ("preencode_sample", "encode_sample", "postencode_sample", "batch_group_criterion")
+        return {
+            "lanes": self.plan.lanes,
+            "seed_offset": self.plan.seed,
+            "dataset": f"{len(source)} samples of {source.split_part!r} in {len(source.segments)} "
+            f"segments of shards, {seeds.number(source.shards, source.segments):x}",
+            "shuffle": self.plan.shuffle,
+            "repeat": self.plan.repeat,
+            "max_samples_per_sequence": self.plan.sequence,
+            "shuffle_buffer_size": self.plan.window,
+            "batch_size": self.batch_size,
+            "batch_drop_last": self.batch_drop_last,
+            "packing_buffer_size": self.packing_buffer_size,
+            "stages": [name for name in names if method_of(self.task_encoder, name)],
+        }
+
     def __len__(self) -> int:
         """Batches of one iteration on this rank, if no function skips or multiplies samples."""
         known = None if self.plan.repeat else self._count()

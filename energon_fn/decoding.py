@@ -17,6 +17,7 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from typing import Any, NoReturn
 
@@ -245,27 +246,31 @@ def _error(name: str, data: bytes, sample: Mapping[str, Any], exc: Exception) ->
     return SampleError(f"cannot decode part {name!r} ({len(data)} bytes){of}: {what}")
 
 
-def _decode_sample(image: str, sample: Mapping[str, Any]) -> dict[str, Any]:
-    decoded = {}
-    for name, data in sample.items():
-        if name.startswith("__") or not isinstance(data, (bytes, bytearray, memoryview)):
-            decoded[name] = data
-            continue
-        data = bytes(data)  # free for bytes
-        try:
-            decoded[name] = _decode_for(name, image)(data)
-        except ImportError:  # a package is missing: not this sample's fault
-            raise
-        except Exception as exc:
-            raise _error(name, data, sample, exc) from exc
-    return decoded
+@dataclass(frozen=True)
+class Decoder:
+    """What :func:`decoder` gives. An object and not a function: it may be a class's attribute."""
+
+    image: str | None
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        if self.image is None:
+            return sample
+        decoded = {}
+        for name, data in sample.items():
+            if name.startswith("__") or not isinstance(data, (bytes, bytearray, memoryview)):
+                decoded[name] = data
+                continue
+            data = bytes(data)  # free for bytes
+            try:
+                decoded[name] = _decode_for(name, self.image)(data)
+            except ImportError:  # a package is missing: not this sample's fault
+                raise
+            except Exception as exc:
+                raise _error(name, data, sample, exc) from exc
+        return decoded
 
 
-def _as_is(sample: dict[str, Any]) -> dict[str, Any]:
-    return sample
-
-
-def decoder(image: str | None = "torchrgb") -> Callable[[dict[str, Any]], dict[str, Any]]:
+def decoder(image: str | None = "torchrgb") -> Decoder:
     """Make a function that decodes every part of a raw sample, into a new dict.
 
     ``image`` is one of :data:`IMAGE_OPTIONS`; ``None`` leaves all parts, not only pictures, as
@@ -286,16 +291,14 @@ def decoder(image: str | None = "torchrgb") -> Callable[[dict[str, Any]], dict[s
         ...
     ValueError: unknown image option 'torchrbg', did you mean 'torchrgb'? Known: l8, rgb8, ...
     """
-    if image is None:
-        return _as_is
-    if image not in IMAGE_OPTIONS:
+    if image is not None and image not in IMAGE_OPTIONS:
         close = get_close_matches(str(image), IMAGE_OPTIONS, n=1)
         hint = f", did you mean {close[0]!r}?" if close else "."
         raise ValueError(
             f"unknown image option {image!r}{hint} Known: {', '.join(IMAGE_OPTIONS)}; None for "
             "bytes"
         )
-    return partial(_decode_sample, image)
+    return Decoder(image)
 
 
 def decode_part(name: str, data: bytes, *, image: str | None = "torchrgb") -> Any:

@@ -63,6 +63,10 @@ class FatalSampleError(Exception):
     """Too many samples in a row failed: the fault is not in single samples."""
 
 
+class StateError(Exception):
+    """A saved state does not fit. The message shows both sides and names the remedy."""
+
+
 class WorkerError(Exception):
     """Worker processes died more often than is made good."""
 

@@ -17,6 +17,7 @@ import difflib
 import hashlib
 import importlib
 import re
+import reprlib
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -51,9 +52,8 @@ def there_are(name: object, known: Iterable[str]) -> str:
     """
     known = list(known)
     close = difflib.get_close_matches(str(name), known, n=1)
-    return f"; there are: {', '.join(known) or 'none'}." + "".join(
-        f" Did you mean {found!r}?" for found in close
-    )
+    suggestion = f" Did you mean {close[0]!r}?" if close else ""
+    return f"; there are: {', '.join(known) or 'none'}.{suggestion}"
 
 
 # ------------------------------------------------------------------------------------ sample types
@@ -105,25 +105,27 @@ def sample_type_of(names: Any, trust: bool = False) -> type[Any] | None:
     >>> sample_type_of({"__module__": "megatron.energon", "__class__": "TextSample"})
     <class 'energon_fn.samples.TextSample'>
     """
-    named = names if isinstance(names, dict) else {}
-    module, name = named.get("__module__"), named.get("__class__")
-    if not isinstance(module, str) or not isinstance(name, str):
+    try:
+        module, name = str(names["__module__"]), str(names["__class__"])
+    except (KeyError, TypeError):
         raise EntryError(
             f"a sample type is named by __module__ and __class__, not by {names!r}. Write for "
             "example\nsample_type:\n  __module__: megatron.energon\n  __class__: CaptioningSample"
-        )
+        ) from None
     if re.match(r"(energon_fn|megatron\.energon)(\.|$)", module):
         return sample_type_named(name)
     what = f"the sample type {name} is to be imported from the module {module}"
     if not trust:
         raise EntryError(f"{what}. {TRUST_HINT}", "__module__")
     try:
-        found = attrgetter(name)(importlib.import_module(module))
-    except (ImportError, AttributeError) as error:
-        remedy = "Install or correct the module, or put it on PYTHONPATH."
-        raise EntryError(f"{what}, but {error}. {remedy}", "__module__") from error
-    if not isinstance(found, type) or not dataclasses.is_dataclass(found):
-        raise EntryError(f"{module}.{name} is no sample type: it must be a dataclass.", "__class__")
+        found: type[Any] = attrgetter(name)(importlib.import_module(module))
+        dataclasses.fields(found)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise EntryError(
+            f"{what}, but: {error}. It must be a dataclass in a module that is installed or on "
+            "PYTHONPATH.",
+            "__class__",
+        ) from error
     return found
 
 
@@ -145,7 +147,7 @@ class Access(NamedTuple):
         >>> Access("json", ("a", "2")).value({"json": {"a": [5, 6]}})
         Traceback (most recent call last):
             ...
-        LookupError: no json[a][2] (json[a] is a list of 2)
+        LookupError: no json[a][2] (json[a] has [5, 6])
         """
         if self.part not in raw:
             parts = ", ".join(name for name in raw if not name.startswith("__")) or "none"
@@ -156,7 +158,8 @@ class Access(NamedTuple):
                 found = _inside(found, step)
             except (LookupError, ValueError):
                 here = Access(self.part, self.path[:depth])
-                raise LookupError(f"no {here}[{step}] ({here} {_described(found)})") from None
+                has = reprlib.repr([*found] if isinstance(found, Mapping) else found)
+                raise LookupError(f"no {here}[{step}] ({here} has {has})") from None
         return found
 
 
@@ -166,14 +169,6 @@ def _inside(value: Any, step: str) -> Any:
     if isinstance(value, list | tuple):
         return value[int(step)]
     raise LookupError(step)
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return f"has the keys {', '.join(map(str, list(value)[:20])) or '(none)'}"
-    if isinstance(value, list | tuple):
-        return f"is a list of {len(value)}"
-    return f"is a {type(value).__name__}"
 
 
 def parse_accesses(text: Any) -> tuple[Access, ...]:
@@ -193,25 +188,27 @@ def parse_accesses(text: Any) -> tuple[Access, ...]:
     return tuple(found)
 
 
-def check_field_map(sample_type: type[Any], field_map: Any) -> None:
-    """Raise DatasetError unless the field map gives the type's required fields and no others."""
+def check_field_map(sample_type: type[Any], field_map: Any) -> dict[str, tuple[Access, ...]]:
+    """The accesses of each field. Raises DatasetError unless the map has the required fields and
+    no unknown ones.
+    """
     if not isinstance(field_map, Mapping):
         raise EntryError(f"field_map must map fields to parts, not {field_map!r}.", "field_map")
-    known = sample_fields(sample_type)
+    type_name, known, found = sample_type.__name__, sample_fields(sample_type), {}
     for name, text in field_map.items():
         if name not in known:
-            data_fields = [field for field in known if field not in BOOKKEEPING]
-            problem = f"{sample_type.__name__} has no field {name!r}{there_are(name, data_fields)}"
-            raise EntryError(problem, "field_map", str(name))
+            others = there_are(name, [field for field in known if field not in BOOKKEEPING])
+            raise EntryError(f"{type_name} has no field {name!r}{others}", "field_map", str(name))
         try:
-            parse_accesses(text)
+            found[name] = parse_accesses(text)
         except ValueError as error:
             remedy = "Write PART, PART[key][0] or several of these with commas between."
             raise EntryError(f"field {name!r}: {error}. {remedy}", "field_map", name) from None
     for name in required_fields(sample_type):
-        if name not in field_map:
-            problem = f"{sample_type.__name__} requires the field {name!r}, which has no entry."
+        if name not in found:
+            problem = f"{type_name} requires the field {name!r}, which has no entry."
             raise EntryError(f"{problem} Add for example\n  {name}: PART", "field_map")
+    return found
 
 
 @dataclass(frozen=True)
@@ -237,11 +234,16 @@ class FieldMap:
     def of(
         cls, sample_type: type[Any], field_map: Mapping[str, str], where: str = "the dataset"
     ) -> FieldMap:
-        """Take it apart; ``where`` it is from, for messages. ValueError if an entry is malformed."""
-        accesses = {name: parse_accesses(text) for name, text in field_map.items()}
+        """Take it apart. ``where`` it is from is for messages. Raises DatasetError."""
+        accesses = check_field_map(sample_type, field_map)
         known = sample_fields(sample_type)
         carried = tuple(name for name in BOOKKEEPING if name in known and name not in accesses)
         return cls(sample_type, accesses, carried, where)
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """The parts that it takes values from."""
+        return frozenset(access.part for each in self.accesses.values() for access in each)
 
     def __call__(self, raw: dict[str, Any]) -> Any:
         values = {name: raw[name] for name in self.carried if name in raw}
@@ -260,20 +262,6 @@ class FieldMap:
                     "Exclude the sample in split.yaml, or add an alternative after a comma."
                 )
         return self.sample_type(**values)
-
-
-@dataclass(frozen=True)
-class PartFilter:
-    """Says which parts of a sample have to be read: those in a set, or all.
-
-    >>> PartFilter(frozenset({"jpg"}))("txt"), PartFilter()("txt")
-    (False, True)
-    """
-
-    parts: frozenset[str] | None = None
-
-    def __call__(self, part: str) -> bool:
-        return self.parts is None or part in self.parts
 
 
 def _whereabouts(raw: Mapping[str, Any]) -> str:
@@ -336,14 +324,13 @@ class SampleLoader:
             raise DatasetError(
                 f"{says} {type(values).__name__}. It must return a dict of the fields of {wants}."
             )
-        known = sample_fields(self.sample_type)
+        known, required = sample_fields(self.sample_type), required_fields(self.sample_type)
         # The key is the loader's own business; where the sample comes from is not.
         kept = {name: raw[name] for name in BOOKKEEPING if name in raw and name in known}
         values = {**values, **kept, "__key__": values.get("__key__", raw["__key__"])}
-        for name in values:
-            if name not in known:
-                raise DatasetError(f"{says} {name!r}, no field of {wants}{there_are(name, known)}")
-        for name in required_fields(self.sample_type):
+        for name in values.keys() - known.keys():
+            raise DatasetError(f"{says} {name!r}, no field of {wants}{there_are(name, known)}")
+        for name in required:
             if name not in values:
                 raise SampleError(f"{says} no {name!r}, which {wants} requires.")
         return self.sample_type(**values)

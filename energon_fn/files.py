@@ -22,7 +22,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from .errors import DatasetError
+from energon_fn.braces import expand_braces
+from energon_fn.errors import DatasetError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 GZIP_SUFFIXES = (".tar.gz", ".tgz")
@@ -166,22 +167,6 @@ def expand(pattern: str | os.PathLike[str]) -> list[str]:
             raise DatasetError(f"{name} is not a shard: those end in {', '.join(TAR_SUFFIXES)}.")
         found.update(dict.fromkeys(matches))
     return list(found)
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """What a brace pattern stands for, in the order written.
-
-    >>> expand_braces("shard_{008..010}.{a,b}.tar")[:3]
-    ['shard_008.a.tar', 'shard_008.b.tar', 'shard_009.a.tar']
-    """
-    if "{" not in pattern:
-        return [pattern]
-    from braceexpand import braceexpand
-
-    try:
-        return list(braceexpand(pattern))
-    except ValueError as error:
-        raise DatasetError(f"braces do not match in {pattern!r}: {error}") from error
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:

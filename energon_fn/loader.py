@@ -6,13 +6,16 @@ their turns; that is all there is to know to go on from here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
+import torch.distributed as distributed
 
+from energon_fn import checkpoint
 from energon_fn.datasets import Dataset
+from energon_fn.errors import StateError, logger
 from energon_fn.lanes import WorkerConfig
 from energon_fn.samples import pin_memory
 from energon_fn.streams import State
@@ -38,13 +41,15 @@ class Loader(Generic[T]):
         self.dataset = dataset
         self._options = prefetch_factor, max_worker_restarts, multiprocessing_context
         self._runner: Local | Pool | None = None
+        self._restored = 0  # how often
         self._begin(epoch=0)
 
     def _begin(self, epoch: int) -> None:
         self._epoch = epoch
         self._delivered = 0  # batches of this epoch, or virtual epoch
-        # Lanes that have not ended, by turn, with their states.
+        # Lanes that have not ended, by turn, with their states; and the batches each has given.
         self._lanes: dict[int, State] = dict.fromkeys(self.dataset.worker_config.rank_lanes)
+        self._counts = dict.fromkeys(self._lanes, 0)
         self._started = False
 
     def __len__(self) -> int:
@@ -56,12 +61,101 @@ class Loader(Generic[T]):
             self._delivered = 0
             if not virtual:
                 self._begin(self._epoch + 1)
-        pinned = torch.accelerator.is_available()
+        pinned, restored = torch.accelerator.is_available(), self._restored
         while self._delivered != length and self._advance():
             self._delivered += 1
             yield pin_memory(self._batch) if pinned else self._batch
+            if self._restored != restored:
+                raise StateError(
+                    "the loader's state was restored during this iteration, which cannot go on: "
+                    "begin a new one"
+                )
         if not (virtual and self._delivered == length):
             self._begin(self._epoch + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this rank's loader is: behind the last batch that was delivered.
+
+        Plain data that ``json`` and ``torch.save`` carry, see :mod:`energon_fn.checkpoint`. It may
+        be taken at any time, also inside of the loop; batches made ahead do not count.
+        """
+        return {
+            "version": checkpoint.VERSION,
+            "fingerprint": self.dataset.fingerprint,
+            "world_size": self.dataset.worker_config.world_size,
+            "epoch": self._epoch,
+            "delivered": self._delivered,
+            "lanes": {
+                str(lane): [count, checkpoint.listed(self._lanes.get(lane, checkpoint.ENDED))]
+                for lane, count in sorted(self._counts.items())
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any], *, accept: Collection[str] = ()) -> None:
+        """Go to where the loader was that gave ``state``: the next iteration goes on from there.
+
+        state: this rank's, or one with the lanes of more (:func:`energon_fn.checkpoint.merge`).
+        accept: names in the fingerprint in which the state may differ, such as ``"dataset"`` when
+        data was appended. Then the next epoch begins, since the rest of this one cannot be told.
+
+        Raises :class:`~energon_fn.StateError` if the state does not fit.
+        """
+        checkpoint.check_version(state)
+        config = self.dataset.worker_config
+        differing = checkpoint.differences(state, self.dataset.fingerprint, accept)
+        checkpoint.check_lanes(state, [str(lane) for lane in config.rank_lanes])
+        lanes = {int(lane): checkpoint.tupled(of) for lane, of in state["lanes"].items()}
+        self._restored += 1
+        if differing:
+            epochs = [checkpoint.plan_epoch(at) for _, at in lanes.values()]
+            self._begin(1 + max(state["epoch"], *epochs))
+            logger.warning(f"{', '.join(differing)} changed: going on with epoch {self._epoch}")
+        else:
+            self._begin(state["epoch"])
+            self._counts = {lane: lanes[lane][0] for lane in config.rank_lanes}
+            # It is the turn of the lane that has given least.
+            by_turn = sorted(config.rank_lanes, key=lambda lane: (self._counts[lane], lane))
+            states = {lane: lanes[lane][1] for lane in by_turn}
+            self._lanes = {lane: s for lane, s in states.items() if s != checkpoint.ENDED}
+        self._delivered = state["delivered"] * state["world_size"] // config.world_size
+
+    save_state_rank = state_dict
+    restore_state_rank = load_state_dict
+
+    def save_state_global(self, global_dst_rank: int = 0) -> dict[str, Any] | None:
+        """The merged state of all ranks on rank ``global_dst_rank``, None on the others.
+
+        All ranks must call it at the same step. Without torch.distributed it is this rank's state.
+        """
+        group = self.dataset.worker_config.data_parallel_group
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return self.state_dict()
+        at_destination = distributed.get_rank() == global_dst_rank
+        states: list[Any] | None = None
+        if at_destination:
+            states = [None] * distributed.get_world_size(group)
+        distributed.gather_object(self.state_dict(), states, dst=global_dst_rank, group=group)
+        return checkpoint.merge(states) if states is not None else None
+
+    def restore_state_global(
+        self,
+        state: dict[str, Any] | None,
+        *,
+        src_rank: int | None = None,
+        accept: Collection[str] = (),
+    ) -> None:
+        """Go to where all ranks were when ``state`` was saved by :meth:`save_state_global`.
+
+        state: given on all ranks; or on rank ``src_rank`` only, from where the others get it.
+        """
+        if src_rank is not None and distributed.is_available() and distributed.is_initialized():
+            shared = [state]
+            group = self.dataset.worker_config.data_parallel_group
+            distributed.broadcast_object_list(shared, src=src_rank, group=group)
+            state = shared[0]
+        if state is None:
+            raise StateError("there is no state: give it on every rank, or say on which (src_rank)")
+        self.load_state_dict(state, accept=accept)
 
     def _advance(self) -> bool:
         """Receive the next batch of any lane; False when all lanes have ended."""
@@ -77,6 +171,7 @@ class Loader(Generic[T]):
                 raise
             del self._lanes[delivery.lane]
             if delivery.state is not None:
+                self._counts[delivery.lane] += 1
                 self._lanes[delivery.lane] = delivery.state  # its next turn is after all others'
                 self._batch = delivery.batch
                 return True
@@ -126,3 +221,7 @@ def get_loader(
                 )
         dataset = replace(dataset, worker_config=worker_config)
     return Loader(dataset, prefetch_factor, max_worker_restarts, multiprocessing_context)
+
+
+get_savable_loader = get_loader
+"""The published name of a loader whose state can be saved: all of them can."""

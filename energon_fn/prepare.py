@@ -28,26 +28,23 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from . import files
-from .errors import DatasetError, logger
-from .index import ShardIndex, idx_bytes, index_shards, write_index
-from .metadata import (
+from energon_fn import files
+from energon_fn.braces import expand_braces
+from energon_fn.errors import DatasetError, logger
+from energon_fn.fields import required_fields, sample_fields, sample_type_named
+from energon_fn.index import ShardIndex, idx_bytes, index_shards, write_index
+from energon_fn.metadata import (
     DATASET_YAML,
     INFO_JSON,
     META_FOLDER,
     SPLIT_YAML,
     SplitConfig,
-    expand_braces,
-    info_content,
+    info_text,
     meta_file,
-    required_fields,
-    sample_fields,
-    sample_type_named,
-    split_content,
+    split_text,
     write_dataset_config,
-    yaml_text,
 )
-from .samples import BOOKKEEPING
+from energon_fn.samples import BOOKKEEPING
 
 SAMPLE_LOADER = "sample_loader.py"
 
@@ -215,16 +212,20 @@ def split_by_patterns(
     for part, pattern in patterns:
         try:
             # Brace expansion would take the backslashes of the regular expression away.
-            expanded = expand_braces([pattern.replace("\\", "\\\\")])
+            expanded = expand_braces(pattern.replace("\\", "\\\\"))
             matches = [re.compile(one).match for one in expanded]
-        except (ValueError, re.error) as error:
+        except (DatasetError, re.error) as error:
             raise DatasetError(
                 f"split part {part!r}: the pattern {pattern!r} is not a regular expression: {error}"
             ) from error
         found = [shard for shard in shards if any(match(shard) for match in matches)]
         if not found:
-            logger.warning("split part %r: no shard's name begins with a match of %r; the first "
-                           "shard is %r", part, pattern, shards[0] if shards else None)
+            logger.warning(
+                "split part %r: no shard's name begins with a match of %r; the first shard is %r",
+                part,
+                pattern,
+                shards[0] if shards else None,
+            )
         old = parts.get(part, ())
         parts[part] = (*old, *(shard for shard in found if shard not in set(old)))
     if not any(parts.values()):
@@ -269,8 +270,12 @@ def guess_field_map(
         found = (
             [part for part in parts if part.split(".")[0] == field]
             or _by_ending(parts, _ENDINGS.get(field, ()), taken)
-            or [f"{part}[{key}]" for key in _JSON_NAMES.get(field, (field,))
-                for part, content in jsons.items() if key in content][:1]
+            or [
+                f"{part}[{key}]"
+                for key in _JSON_NAMES.get(field, (field,))
+                for part, content in jsons.items()
+                if key in content
+            ][:1]
         )
         if found:
             guessed[field] = ",".join(found)
@@ -303,8 +308,11 @@ def write_dataset_yaml(
         files.write_atomic(loader, sample_loader_template(sample_type, parts).encode())
         written.append(loader)
     config = write_dataset_config(
-        path, sample_type, sample_loader=f"{SAMPLE_LOADER}:sample_loader",
-        part_filter=f"{SAMPLE_LOADER}:part_filter", name=name,
+        path,
+        sample_type,
+        sample_loader=f"{SAMPLE_LOADER}:sample_loader",
+        part_filter=f"{SAMPLE_LOADER}:part_filter",
+        name=name,
     )
     return [*written, config]
 
@@ -366,7 +374,7 @@ def _write(
         # The last is renamed first: the .idx files (each right for its shard in any case), the
         # index, and what describes it.
         if split is not None:
-            text = yaml_text(split_content(SplitConfig(split)))
+            text = split_text(SplitConfig(split))
             staged(meta_file(root, SPLIT_YAML)).write_bytes(text.encode())
         info = staged(meta_file(root, INFO_JSON))
         staged(meta_file(root, "index.uuid")).write_text(str(uuid.uuid4()))
@@ -389,7 +397,7 @@ def _write(
         if summary.duplicates:
             repeats = Counter(key for key, _ in summary.duplicates)
             raise _DuplicatesError(part_names, [(key, n + 1) for key, n in repeats.items()])
-        info.write_bytes(info_content(summary.counts).encode())
+        info.write_bytes(info_text(summary.counts).encode())
     return part_names
 
 
@@ -419,10 +427,11 @@ def _shard_names(root: Path, shards: Iterable[str | Path]) -> list[str]:
     for shard in shards:
         name = Path(os.path.normpath(shard)).as_posix()
         pattern = "{" in name and not (root / name).exists()
-        names += files.expand_braces(name) if pattern else [name]
+        names += expand_braces(name) if pattern else [name]
     if not names:
-        raise DatasetError(f"no shards to prepare in {root}: a shard is called *.tar, *.tar.gz "
-                           "or *.tgz.")
+        raise DatasetError(
+            f"no shards to prepare in {root}: a shard is called *.tar, *.tar.gz or *.tgz."
+        )
     for name, count in Counter(names).items():
         if count > 1:
             raise DatasetError(f"the shard {name!r} is listed {count} times: list it once.")

@@ -52,9 +52,9 @@ def permutation(n: int, *what: object) -> npt.NDArray[np.int64]:
     return np.argsort(x, kind="stable")
 
 
-def at(where: object, calls: int = 0) -> None:
+def at(where: object) -> None:
     """Say which item is at hand: what :func:`reseed` computes its seeds from."""
-    _where[:] = where, calls
+    _where[:] = where, 0
 
 
 def here() -> object:

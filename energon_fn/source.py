@@ -15,9 +15,12 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
+from toolz import identity
+
 from . import files, metadata
 from .errors import DatasetError, logger
 from .index import Index, Part, cached_index, has_parts
+from .metadata import every_part
 from .samples import SourceInfo
 
 NEAR = 64 * 1024
@@ -30,14 +33,6 @@ class Segment(NamedTuple):
     shard: int
     start: int
     stop: int
-
-
-def _identity(raw: dict[str, Any]) -> dict[str, Any]:
-    return raw
-
-
-def _all_parts(name: str) -> bool:
-    return True
 
 
 @dataclass(frozen=True)
@@ -58,9 +53,9 @@ class Source:
     index: Index = field(repr=False, compare=False)
     sample_type: type[Any] | None = None
     """None for a crude dataset, whose samples are dicts."""
-    to_sample: Callable[[dict[str, Any]], Any] = _identity
+    to_sample: Callable[[dict[str, Any]], Any] = identity
     """Makes the sample of a *decoded* raw dict."""
-    part_filter: Callable[[str], bool] = _all_parts
+    part_filter: Callable[[str], bool] = every_part
     """Which parts are read."""
     subflavors: Mapping[str, Any] = field(default_factory=dict)
 
@@ -243,7 +238,7 @@ def _open_prepared(
         )
     return Source(
         folder, split_part, shards, tuple(segments), index,
-        config.sample_type, metadata.to_sample(config), metadata.part_filter(config),
+        config.sample_type, config.to_sample, config.part_filter,
         config.subflavors,
     )  # fmt: skip
 

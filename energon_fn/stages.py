@@ -126,15 +126,7 @@ def apply(fn: Callable[[T], U | Iterator[U]], item: T) -> Iterator[U]:
         return
 
 
-@stage
-def encode_sample(items: Iterable[T], fn: Callable[[T], U | Iterator[U]]) -> Iterator[U]:
-    """Transform single samples, say augment the image and tokenize the text.
-
-    >>> def words(text):
-    ...     yield from text.split()
-    >>> list(encode_sample(words)(["a rose", "is a rose"]))
-    ['a', 'rose', 'is', 'a', 'rose']
-    """
+def _each(items: Iterable[T], fn: Callable[[T], U | Iterator[U]]) -> Iterator[U]:
     # apply() written out: this loop is the one that runs for every sample.
     for item in items:
         try:
@@ -147,17 +139,8 @@ def encode_sample(items: Iterable[T], fn: Callable[[T], U | Iterator[U]]) -> Ite
             continue
 
 
-preencode_sample = encode_sample
-"""The part of ``encode_sample`` that runs before packing, on every sample."""
-
-postencode_sample = encode_sample
-"""The part of ``encode_sample`` that runs on the samples that were selected to be packed."""
-
-encode_batch = encode_sample
-"""Transform whole batches, say tokenize all texts at once."""
-
-
-def decode(image: str | None = "torchrgb") -> Stage[dict[str, Any], dict[str, Any]]:
+@stage
+def decode(items: Iterable[dict[str, Any]], image: str | None = "torchrgb") -> Iterator[Any]:
     """Decode the parts of raw samples by their names; see :mod:`energon_fn.decoding`.
 
     image: how images come out, one of webdataset's names; None leaves all parts as bytes.
@@ -165,7 +148,49 @@ def decode(image: str | None = "torchrgb") -> Stage[dict[str, Any], dict[str, An
     >>> list(decode()([{"__key__": "7", "txt": b"a rose", "cls": b"3", "raw": b"?"}]))
     [{'__key__': '7', 'txt': 'a rose', 'cls': 3, 'raw': b'?'}]
     """
-    return encode_sample(decoder(image))
+    return _each(items, decoder(image))
+
+
+@stage
+def encode_sample(items: Iterable[T], fn: Callable[[T], U | Iterator[U]]) -> Iterator[U]:
+    """Transform single samples, say augment the image and tokenize the text.
+
+    >>> def words(text):
+    ...     yield from text.split()
+    >>> list(encode_sample(words)(["a rose", "is a rose"]))
+    ['a', 'rose', 'is', 'a', 'rose']
+    """
+    return _each(items, fn)
+
+
+@stage
+def preencode_sample(items: Iterable[T], fn: Callable[[T], U | Iterator[U]]) -> Iterator[U]:
+    """The part of :func:`encode_sample` that runs before packing, on every sample.
+
+    >>> list(preencode_sample(len)(["a rose", "a"]))
+    [6, 1]
+    """
+    return _each(items, fn)
+
+
+@stage
+def postencode_sample(items: Iterable[T], fn: Callable[[T], U | Iterator[U]]) -> Iterator[U]:
+    """The part of :func:`encode_sample` for selected samples; :func:`pack` takes it, too.
+
+    >>> list(postencode_sample(str.upper)(["a rose"]))
+    ['A ROSE']
+    """
+    return _each(items, fn)
+
+
+@stage
+def encode_batch(items: Iterable[T], fn: Callable[[T], U | Iterator[U]]) -> Iterator[U]:
+    """Transform whole batches, say tokenize all texts at once.
+
+    >>> list(encode_batch(sum)([[1, 2], [3]]))
+    [3, 3]
+    """
+    return _each(items, fn)
 
 
 @dataclass(frozen=True)
@@ -208,7 +233,7 @@ def find_cooker(sample: Mapping[str, Any], cookers: Sequence[Cooker]) -> Cooker:
 
 @stage
 def cook(items: Iterable[Any], cookers: Sequence[Cooker]) -> Iterator[Any]:
-    """Make samples of the crude ones among the items; others pass.
+    """Make samples of the crude ones among the items; others pass, plain dicts too.
 
     >>> crude = CrudeSample({"__key__": "7", "txt": "a rose"})
     >>> list(cook([Cooker(lambda sample: sample["txt"].upper())])([crude, "other"]))
@@ -285,7 +310,7 @@ def pack(
     while buffer := list(islice(items, buffer_size)):
         for chosen in _selected(select, buffer):
             if postencode is not None:
-                chosen = list(encode_sample(postencode)(chosen))
+                chosen = list(_each(chosen, postencode))
             if chosen:
                 yield from apply(join, chosen)
 

@@ -153,8 +153,10 @@ class AugmentTaskEncoder(DefaultTaskEncoder[T_sample, T_encoded_sample, T_raw_ba
 
     def __init__(self, task_encoder: TaskEncoder[T_sample, T_encoded_sample, T_raw_batch, T_batch]):
         self._task_encoder = task_encoder
-        self.cookers = getattr(task_encoder, "cookers", ())  # type: ignore[misc]  # that encoder's
-        self.decoder = getattr(task_encoder, "decoder", None)
+        # Its own cookers come first, then those of the encoder inside.
+        inner = getattr(task_encoder, "cookers", ())
+        self.cookers = (*type(self).cookers, *inner)  # type: ignore[misc]  # for this instance
+        self.decoder = type(self).decoder or getattr(task_encoder, "decoder", None)
 
     cook_crude_sample = _delegate("cook_crude_sample")
     encode_sample = _delegate("encode_sample")
@@ -216,6 +218,9 @@ def stateless(
     ... def encode_sample(self, sample): ...
     """
 
+    if failure_tolerance is not None and failure_tolerance < 1:
+        raise ValueError(f"failure_tolerance is {failure_tolerance}; it must be 1 or more")
+
     def mark(fn: F) -> F:
         fn.__dict__.update(_draws=restore_seeds, _failure_tolerance=failure_tolerance)
         return fn
@@ -245,7 +250,12 @@ def method_of(encoder: Any, name: str) -> Callable[..., Any] | None:
             "batch": ("_raw_batch_type", "_batch_type"),
             "encode_batch": ("_batch_type",),
         }
-        if not any(getattr(encoder, attribute, None) for attribute in types.get(name, ())):
+        own_collate = name == "batch" and getattr(type(encoder), "_batch", None) not in (
+            DefaultTaskEncoder._batch,
+            None,
+        )
+        typed = any(getattr(encoder, attribute, None) for attribute in types.get(name, ()))
+        if not (typed or own_collate):
             return None
     return cast("Callable[..., Any] | None", method)
 

@@ -130,10 +130,14 @@ def start(*words: object, **env: str) -> subprocess.Popen[str]:
     )
 
 
-def children(pid: int) -> list[int]:
-    """The processes that this one has started and that still run."""
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(word) for word in text.split()]
+def wait_for_children(process: subprocess.Popen[str], count: int) -> None:
+    """Wait until the process has started so many others."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None:
+        if len(children.read_text().split()) >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError(process.communicate())
 
 
 def interrupt(process: subprocess.Popen[str], whole_group: bool) -> None:

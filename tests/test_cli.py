@@ -9,8 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,19 @@ from PIL import Image
 from processes import (
     REPOSITORY,
     Result,
-    children,
     group_is_empty,
     interrupt,
     run,
     run_function,
     run_on_terminal,
     start,
+    wait_for_children,
 )
 
 from energon_fn import WorkerConfig, get_loader, get_train_dataset, open_source
 from energon_fn.demo import CaptioningTaskEncoder, build_demo, captions_of, demo_tokenizer
-from energon_fn.metadata import collapse_braces, expand_braces
+from energon_fn.files import expand_braces
+from energon_fn.metadata import collapse_braces
 
 PUBLISHED = Path(sys.executable).with_name("energon")
 CAPTIONING = ("--sample-type", "CaptioningSample")
@@ -239,7 +239,8 @@ def test_shuffled_shards_are_all_there(tars: Path) -> None:
     parts = meta(tars)["split.yaml"]["split_parts"].values()
     patterns = [pattern for part in parts for pattern in part]
     assert patterns != collapse_braces([f"shard_{i:03d}.tar" for i in range(6)])
-    assert sorted(expand_braces(patterns)) == [f"shard_{i:03d}.tar" for i in range(6)]
+    names = [name for pattern in patterns for name in expand_braces(pattern)]
+    assert sorted(names) == [f"shard_{i:03d}.tar" for i in range(6)]
 
 
 def test_what_is_prepared_stays(tars: Path) -> None:
@@ -453,21 +454,13 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ctrl_c_while_indexing(whole_group: bool, many: Path) -> None:
     before = listing(many)
     process = start("prepare", many, "--non-interactive", "--split-ratio", "8,1,1")
-    _wait_for(lambda: len(children(process.pid)) >= 2)
+    wait_for_children(process, 2)
     interrupt(process, whole_group)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert err == "\ninterrupted\n"
     assert group_is_empty(process.pid)
     assert listing(many) == before
-
-
-def _wait_for(condition: Callable[[], bool]) -> None:
-    for _ in range(600):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise TimeoutError
 
 
 # --------------------------------------------------------------------------------- info and preview

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from toolz import compose_left
 
 from energon_fn import seeds
 from energon_fn.errors import (
-    PROGRAMMING_ERRORS,
     DatasetError,
     FatalSampleError,
     SkipSample,
@@ -160,7 +159,20 @@ def test_what_the_handler_raises_ends_the_run() -> None:
 # --- what is not an ordinary failure ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [*PROGRAMMING_ERRORS, ModuleNotFoundError, UnboundLocalError])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ImportError,
+        MemoryError,
+        ModuleNotFoundError,
+        NameError,
+        NotImplementedError,
+        RecursionError,
+        SyntaxError,
+        SystemError,
+        UnboundLocalError,
+    ],
+)
 @pytest.mark.parametrize("generator", [False, True])
 def test_programming_errors_are_raised_at_once(kind: type[Exception], generator: bool) -> None:
     check_raised_at_once(kind("no other sample cures it"), generator)
@@ -211,6 +223,9 @@ def test_an_interrupt_is_no_failure(kind: type[BaseException]) -> None:
     st.integers(1, 6),
     st.booleans(),
 )
+@example(whats=["fail", "ok", "fail"], tolerance=2, generator=True)
+@example(whats=["fail", "ok", "fail"], tolerance=2, generator=False)
+@example(whats=["fail", "skip", "fail", "ok"], tolerance=2, generator=True)
 def test_failures_in_a_row_are_counted(whats: list[str], tolerance: int, generator: bool) -> None:
     """A success begins a new count; a skip is neither a failure nor a success."""
     expected: list[str] = []

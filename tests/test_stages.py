@@ -160,6 +160,18 @@ def test_pack_is_its_loop(
     assert traced(stage, items) == expected
 
 
+def test_a_group_with_nothing_in_it_is_not_joined() -> None:
+    def none_left(item: int) -> int:
+        if item < 3:
+            raise SkipSample
+        return item
+
+    split = pack(lambda buffer: [buffer[:2], [], buffer[2:]], len, buffer_size=4)
+    assert list(split([1, 2, 3])) == [2, 1]
+    halved = pack(lambda buffer: [buffer[:2], buffer[2:]], len, buffer_size=4, postencode=none_left)
+    assert list(halved([1, 2, 3])) == [1]
+
+
 def test_select_that_skips_after_some_groups_keeps_those() -> None:
     def select(buffer: list[int]) -> Iterator[list[int]]:
         yield buffer[:1]
@@ -348,7 +360,7 @@ STAGES = [
     ),
     (encode_sample(partial(cook_as, "a")), "encode_sample(partial(cook_as, 'a'))"),
     (cook([]), "cook([])"),
-    (decode("pil"), "encode_sample(partial(_decode_sample, 'pil'))"),
+    (decode("pil"), "decode('pil')"),
 ]
 
 

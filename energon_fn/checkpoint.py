@@ -1,0 +1,212 @@
+"""A loader's state as plain data: merged over ranks, checked, handed out again.
+
+A state is what ``json`` and ``torch.save`` carry::
+
+    {
+        "version": 1,
+        "fingerprint": {"lanes": 4, "seed_offset": 0, "batch_size": 32, ...},
+        "world_size": 2,            # ranks when it was saved
+        "epoch": 0,
+        "delivered": 17,            # batches of this epoch, or virtual epoch, on each rank
+        "lanes": {"0": [9, ...], "2": [8, "ended"]},  # batches so far, and the stream's state
+    }
+
+Each rank's state has the lanes of that rank. Lanes do not know of ranks: the states of all ranks
+are merged into one, and any number of ranks that the lanes can be shared out to restores from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from energon_fn.errors import StateError
+
+VERSION = 1
+ENDED = "ended"
+State = dict[str, Any]
+
+NEVER_ACCEPTED = {
+    "lanes": "set WorkerConfig(lanes=...) to the number it was saved with",
+    "seed_offset": "set WorkerConfig(seed_offset=...) to the number it was saved with",
+}
+
+
+def listed(state: Any) -> Any:
+    """Plain data with lists for tuples: equal before and after a way through JSON.
+
+    >>> listed(((0, 5), 1, None))
+    [[0, 5], 1, None]
+    """
+    return [listed(part) for part in state] if isinstance(state, tuple | list) else state
+
+
+def tupled(state: Any) -> Any:
+    """The other way round: states are tuples inside of streams.
+
+    >>> tupled([[0, 5], 1, None])
+    ((0, 5), 1, None)
+    """
+    return tuple(tupled(part) for part in state) if isinstance(state, tuple | list) else state
+
+
+def merge(states: Iterable[State]) -> State:
+    """One state of those that the ranks saved at the same moment.
+
+    Raises :class:`~energon_fn.StateError` if they do not belong together.
+
+    >>> ranks = [
+    ...     {"version": 1, "fingerprint": {"lanes": 2}, "world_size": 2, "epoch": 0, "delivered": 3,
+    ...      "lanes": {str(rank): [3, [rank]]}} for rank in range(2)]
+    >>> merge(ranks)["lanes"]
+    {'0': [3, [0]], '1': [3, [1]]}
+    """
+    states = list(states)
+    if not states:
+        raise StateError("there is no state to merge: give those of all ranks")
+    for other in states:
+        check_version(other)
+    first, lanes = states[0], dict[str, Any]()
+    for other in states:
+        for name in ("fingerprint", "world_size", "epoch"):
+            if other[name] != first[name]:
+                raise StateError(
+                    f"the states do not belong to one checkpoint: {name} is {first[name]} in one "
+                    f"and {other[name]} in another. Give the states that all ranks saved together."
+                )
+        if twice := lanes.keys() & other["lanes"].keys():
+            raise StateError(f"two of the states have lane {min(twice)}: give each rank's once")
+        lanes |= other["lanes"]
+    running = {state["delivered"] for state in states if not _all_ended(state)}
+    if len(running) > 1:
+        raise StateError(
+            f"the states were saved at different batches ({sorted(running)} delivered): save all "
+            "ranks' states at the same step"
+        )
+    return {
+        **first,
+        "delivered": max(state["delivered"] for state in states),
+        "lanes": {name: lanes[name] for name in sorted(lanes, key=int)},
+    }
+
+
+def _all_ended(state: State) -> bool:
+    return all(lane[1] == ENDED for lane in state["lanes"].values())
+
+
+def redistribute(states: Iterable[State], world_size: int) -> list[State]:
+    """The states for ``world_size`` ranks, of those that all ranks saved.
+
+    Raises :class:`~energon_fn.StateError` if the lanes cannot be shared out evenly.
+
+    >>> whole = {"version": 1, "fingerprint": {"lanes": 4}, "world_size": 1, "epoch": 0,
+    ...          "delivered": 4, "lanes": {str(lane): [1, [lane]] for lane in range(4)}}
+    >>> [list(rank["lanes"]) for rank in redistribute([whole], 2)]
+    [['0', '2'], ['1', '3']]
+    """
+    whole = merge(states)
+    count = whole["fingerprint"]["lanes"]
+    if count % world_size:
+        fitting = [n for n in range(1, count + 1) if count % n == 0]
+        near = sorted(fitting, key=lambda n: abs(n - world_size))[:3]
+        raise StateError(
+            f"{count} lanes cannot be shared out evenly to {world_size} ranks; "
+            f"{', '.join(map(str, sorted(near)))} ranks would do"
+        )
+    ranks = [[str(lane) for lane in range(rank, count, world_size)] for rank in range(world_size)]
+    for lanes in ranks:
+        check_lanes(whole, lanes)
+    delivered = whole["delivered"] * whole["world_size"] // world_size
+    return [
+        {
+            **whole,
+            "world_size": world_size,
+            "delivered": delivered,
+            "lanes": {lane: whole["lanes"][lane] for lane in lanes},
+        }
+        for lanes in ranks
+    ]
+
+
+def check_version(state: Any) -> None:
+    """Raise :class:`~energon_fn.StateError` for what is not a state that can be read here."""
+    if not isinstance(state, Mapping) or "version" not in state:
+        raise StateError(
+            f"this is no state of a loader (a {type(state).__name__}): give what state_dict, "
+            "save_state_rank or save_state_global returned"
+        )
+    if state["version"] != VERSION:
+        raise StateError(
+            f"the state has format {state['version']}, this version of energon_fn reads {VERSION}"
+        )
+
+
+def check_lanes(state: State, needed: Sequence[str]) -> None:
+    """Raise :class:`~energon_fn.StateError` if the state lacks some of the lanes."""
+    if missing := [lane for lane in needed if lane not in state["lanes"]]:
+        raise StateError(
+            f"the state has the lanes {', '.join(state['lanes'])}, but {', '.join(missing)} are "
+            "needed here too: it is that of one rank of another layout. Merge the states of all "
+            "ranks (energon_fn.checkpoint.merge, or save with save_state_global)."
+        )
+
+
+def differences(state: State, fingerprint: Mapping[str, Any], accept: Collection[str]) -> list[str]:
+    """The accepted names in which the state and the loader differ.
+
+    Raises :class:`~energon_fn.StateError` that shows both sides if there are others.
+    """
+    saved = state["fingerprint"]
+    names = [
+        name
+        for name in {**saved, **fingerprint}
+        if listed(saved.get(name)) != listed(fingerprint.get(name))
+    ]
+    refused = [name for name in names if name not in accept or name in NEVER_ACCEPTED]
+    if refused:
+        sides = "".join(
+            f"\n  {name}: saved with {saved.get(name)}, here {fingerprint.get(name)}"
+            for name in refused
+        )
+        remedies = [NEVER_ACCEPTED[name] for name in refused if name in NEVER_ACCEPTED]
+        others = [name for name in refused if name not in NEVER_ACCEPTED]
+        if others:
+            remedies.append(
+                f"accept={others} begins the next epoch with what is here, leaving out what "
+                "remains of the current one"
+            )
+        raise StateError(f"the state does not fit this loader:{sides}\n{'; '.join(remedies)}")
+    return names
+
+
+def describe(state: State) -> str:
+    """What is in a state, for people.
+
+    >>> print(describe({"version": 1, "fingerprint": {"lanes": 2, "batch_size": 3}, "epoch": 0,
+    ...     "world_size": 2, "delivered": 4, "lanes": {"0": [4, []], "1": [4, "ended"]}}))
+    epoch 0, 4 batches delivered to each of 2 ranks
+    lanes: 2 of 2 (1 ended), 4 to 4 batches each
+    batch_size: 3
+    """
+    counts = [count for count, _ in state["lanes"].values()]
+    ended = sum(lane == ENDED for _, lane in state["lanes"].values())
+    lines = [
+        f"epoch {state['epoch']}, {state['delivered']} batches delivered to each of "
+        f"{state['world_size']} ranks",
+        f"lanes: {len(counts)} of {state['fingerprint']['lanes']} ({ended} ended), "
+        f"{min(counts)} to {max(counts)} batches each",
+    ]
+    fingerprint = state["fingerprint"].items()
+    lines += [f"{name}: {value}" for name, value in fingerprint if name != "lanes"]
+    return "\n".join(lines)
+
+
+def plan_epoch(state: Any) -> int:
+    """The epoch that a lane's stream is in: at the bottom of its state lies the plan's.
+
+    >>> plan_epoch((((2, 17), 1), 3))
+    2
+    """
+    while isinstance(state, tuple | list) and isinstance(state[0], tuple | list):
+        state = state[0]
+    return int(state[0]) if isinstance(state, tuple | list) and state[0] is not None else 0
