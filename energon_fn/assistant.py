@@ -39,7 +39,7 @@ TRIED = 8
 """Samples that every answer is tried on: the first of the first shard."""
 
 # What several types would fit goes to the first of these.
-_USUAL = ("CaptioningSample", "VQASample", "ImageClassificationSample", "ImageSample", "TextSample")
+_USUAL = ("CaptioningSample", "VQASample", "ImageSample", "TextSample")
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ def ask(question: str, usual: str | None, checked: Callable[[str], T]) -> T:
         try:
             return checked(answer)
         except (ValueError, DatasetError) as error:
-            _say(f"{error}" + ("" if str(error).endswith((".", "?")) else "."), "  ")
+            _say(f"{error}" + ("" if str(error).endswith((".", "?", "…")) else "."), "  ")
 
 
 def _say(text: str, indent: str = "") -> None:

@@ -135,6 +135,7 @@ def wait_for_children(process: subprocess.Popen[str], count: int) -> None:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while process.poll() is None:
         if len(children.read_text().split()) >= count:
+            time.sleep(0.2)  # an interrupt in the middle of a fork is lost: Python swallows it
             return
         time.sleep(0.01)
     raise AssertionError(process.communicate())

@@ -108,7 +108,7 @@ def steps(loaders: list[Any], count: int) -> list[Any]:
     return [[next(iterator) for iterator in iterators] for _ in range(count)]
 
 
-@settings(max_examples=12)
+@settings(max_examples=10)
 @given(
     encoder=st.sampled_from(ENCODERS),
     lanes=st.sampled_from([4, 6]),
@@ -117,7 +117,7 @@ def steps(loaders: list[Any], count: int) -> list[Any]:
 def test_the_sequence_is_the_same_for_all_layouts_also_across_a_resume(
     folder: Path, encoder: type, lanes: int, data: st.DataObject
 ) -> None:
-    whole = list(itertools.islice(make(folder, encoder, config(lanes=lanes)), 6 * lanes))
+    whole = list(itertools.islice(make(folder, encoder, config(lanes=lanes)), 8 * lanes))
     state, done = None, 0
     while done < 4 * lanes:
         world_size, workers = data.draw(st.sampled_from(layouts(lanes)))

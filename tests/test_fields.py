@@ -220,7 +220,9 @@ def test_code_that_cannot_be_used(tmp_path: Path) -> None:
 
 
 def test_classes_of_the_file_find_their_module(tmp_path: Path) -> None:
-    own = code(tmp_path, "return raw\nimport dataclasses\n@dataclasses.dataclass\nclass Own: x: int")
+    own = code(
+        tmp_path, "return raw\nimport dataclasses\n@dataclasses.dataclass\nclass Own: x: int"
+    )
     own.check()
     own_class = vars(sys.modules[own_module(own)])["Own"]
     assert pickle.loads(pickle.dumps(own_class(3))) == own_class(3)

@@ -31,9 +31,7 @@ def test_read_at_is_the_slice_of_the_file(tmp_path: Path) -> None:
             assert files.read_at(path, offset, size) == data[offset : offset + size]
 
 
-def test_read_at_goes_on_after_short_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_read_at_goes_on_after_short_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.tar").write_bytes(bytes(range(256)) * 10)
     pread = os.pread
     monkeypatch.setattr(os, "pread", lambda fd, size, offset: pread(fd, min(size, 100), offset))

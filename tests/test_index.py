@@ -219,9 +219,7 @@ def test_links_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert "a.tar: 1 links are not read" in caplog.text
 
 
-def test_concatenated_tars_are_reported(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_concatenated_tars_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in "ab":
         write_tar(tmp_path / f"{name}.tar", [(f"{name}.txt", b"")])
     (tmp_path / "c.tar").write_bytes(
@@ -409,9 +407,7 @@ def test_one_query_serves_a_block(dataset: tuple[Index, list[list[Entry]]]) -> N
 
 
 @pytest.mark.parametrize("sample", [BLOCK + 3, 5 * BLOCK])
-def test_a_sample_that_is_not_there(
-    dataset: tuple[Index, list[list[Entry]]], sample: int
-) -> None:
+def test_a_sample_that_is_not_there(dataset: tuple[Index, list[list[Entry]]], sample: int) -> None:
     with pytest.raises(DatasetError, match=rf"has no sample {sample} of 0\.tar.*energon-fn prep"):
         dataset[0].parts(0, sample)
 
@@ -425,9 +421,7 @@ def test_it_pickles_as_its_arguments(dataset: tuple[Index, list[list[Entry]]]) -
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_other_processes_read(
-    dataset: tuple[Index, list[list[Entry]]], method: str
-) -> None:
+def test_other_processes_read(dataset: tuple[Index, list[list[Entry]]], method: str) -> None:
     reader, _ = dataset
     expected = reader.parts(1, 5)
     with multiprocessing.get_context(method).Pool(1) as pool:
@@ -440,8 +434,7 @@ def test_threads_read_while_others_fork(dataset: tuple[Index, list[list[Entry]]]
     reader, contents = dataset
     results: list[bool] = []
     threads = [
-        threading.Thread(target=lambda: results.append(whole(reader, contents)))
-        for _ in range(4)
+        threading.Thread(target=lambda: results.append(whole(reader, contents))) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -547,9 +540,7 @@ def all_keys(root: Path, names: list[str]) -> list[list[str]]:
     ]
 
 
-def test_only_what_changed_is_walked_again(
-    tmp_path: Path, walked: list[str], cache: Path
-) -> None:
+def test_only_what_changed_is_walked_again(tmp_path: Path, walked: list[str], cache: Path) -> None:
     root, names = tmp_path / "set", ["a.tar", "b.tar", "c.tar"]
     for name in names:
         write_tar(root / name, numbered(BLOCK + 2, name[0]))

@@ -44,7 +44,7 @@ PYTHON = energon_python()
 pytestmark = pytest.mark.skipif(PYTHON is None, reason="megatron-energon is not installed")
 
 # Runs in the other Python: prepares, then loads, and prints what it saw as json.
-THEIR_SCRIPT = '''
+THEIR_SCRIPT = """
 import hashlib, io, json, sys
 from contextlib import redirect_stdout
 from importlib.metadata import entry_points
@@ -91,7 +91,7 @@ with redirect_stdout(io.StringIO()):
                                   task_encoder=Encoder())
         seen.append([facts(sample) for sample in get_loader(dataset)])
 print(json.dumps(seen))
-'''
+"""
 
 
 def picture(number: int, kind: str) -> bytes:

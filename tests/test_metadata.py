@@ -65,14 +65,17 @@ def text_of(folder: Path, access: str, raw: dict[str, Any]) -> Any:
 
 
 def test_the_documented_example(tmp_path: Path) -> None:
-    dataset(tmp_path, """\
+    dataset(
+        tmp_path,
+        """\
 sample_type:
   __module__: megatron.energon
   __class__: CaptioningSample
 field_map:
   image: jpg,png
   caption: detail.json[a][1][b]
-""")
+""",
+    )
     config = read_dataset_config(tmp_path)
     assert config.sample_type is CaptioningSample
     assert not config.crude
@@ -225,7 +228,9 @@ def test_what_is_written_is_read_and_looks_like_the_published(
 ) -> None:
     field_map = {"image": "jpg, png", "caption": "detail.json[a][1][b]"}
     path = write_dataset_config(tmp_path, sample_type, field_map, name="other.yaml")
-    assert path.read_text() == """\
+    assert (
+        path.read_text()
+        == """\
 sample_type:
   __module__: megatron.energon
   __class__: CaptioningSample
@@ -233,6 +238,7 @@ field_map:
   image: jpg,png
   caption: detail.json[a][1][b]
 """
+    )
     config = read_dataset_config(tmp_path, "other.yaml")
     assert config.sample_type is CaptioningSample
     assert config.field_map == {"image": "jpg,png", "caption": "detail.json[a][1][b]"}
@@ -407,7 +413,10 @@ def split_yaml(folder: Path, text: str) -> Path:
 
 
 def test_the_documented_split(tmp_path: Path) -> None:
-    split = read_split_config(split_yaml(tmp_path, """\
+    split = read_split_config(
+        split_yaml(
+            tmp_path,
+            """\
 exclude:
   - shards/shard_004.tar
   - shards/shard_001.tar/000032
@@ -420,7 +429,9 @@ split_parts:
   val:
   - shards/{shard_002,x}.tar
   test: []
-"""))
+""",
+        )
+    )
     assert split.shards("train") == ("shards/shard_000.tar", "shards/shard_001.tar")
     assert split.shards("val") == ("shards/shard_002.tar", "shards/x.tar")
     assert split.shards("test") == ()
@@ -453,7 +464,9 @@ def test_a_split_is_written_as_the_published(tmp_path: Path) -> None:
         ("s_001.tar/a{b",),
     )
     path = write_split_config(tmp_path, split)
-    assert path.read_text() == """\
+    assert (
+        path.read_text()
+        == """\
 split_parts:
   train:
   - s_{000..001}.tar
@@ -463,6 +476,7 @@ split_parts:
 exclude:
 - s_001.tar/a\\{b
 """
+    )
     again = read_split_config(tmp_path)
     assert (again.split_parts, again.exclude) == (split.split_parts, split.exclude)
 

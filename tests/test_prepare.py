@@ -133,8 +133,8 @@ def test_braces_in_shards(tmp_path: Path) -> None:
     assert list(read_info(tmp_path)) == ["s_2.tar", "s_1.tar"]
     write_tar(tmp_path / "odd{1,2}.tar", [("a.txt", b"")])
     prepare_dataset(tmp_path, ["odd{1,2}.tar"], split_parts_ratio=[("val", 1)])
-    assert read_split_config(tmp_path).shards("val") == ("odd{1,2}.tar",) == tuple(
-        read_info(tmp_path)
+    assert (
+        read_split_config(tmp_path).shards("val") == ("odd{1,2}.tar",) == tuple(read_info(tmp_path))
     )
 
 
