@@ -8,7 +8,7 @@ A state is what ``json`` and ``torch.save`` carry::
         "world_size": 2,            # ranks when it was saved
         "epoch": 0,
         "delivered": 17,            # batches of this epoch, or virtual epoch, on each rank
-        "lanes": {"0": [9, ...], "2": [8, "ended"]},  # batches so far, and the stream's state
+        "lanes": {"0": [..., 9], "2": "ended"},  # the stream's state with its count of batches
     }
 
 Each rank's state has the lanes of that rank. Lanes do not know of ranks: the states of all ranks
@@ -57,9 +57,9 @@ def merge(states: Iterable[State]) -> State:
 
     >>> ranks = [
     ...     {"version": 1, "fingerprint": {"lanes": 2}, "world_size": 2, "epoch": 0, "delivered": 3,
-    ...      "lanes": {str(rank): [3, [rank]]}} for rank in range(2)]
+    ...      "lanes": {str(rank): [[rank], 3]}} for rank in range(2)]
     >>> merge(ranks)["lanes"]
-    {'0': [3, [0]], '1': [3, [1]]}
+    {'0': [[0], 3], '1': [[1], 3]}
     """
     states = list(states)
     if not states:
@@ -91,7 +91,7 @@ def merge(states: Iterable[State]) -> State:
 
 
 def _all_ended(state: State) -> bool:
-    return all(lane[1] == ENDED for lane in state["lanes"].values())
+    return all(lane == ENDED for lane in state["lanes"].values())
 
 
 def redistribute(states: Iterable[State], world_size: int) -> list[State]:
@@ -100,7 +100,7 @@ def redistribute(states: Iterable[State], world_size: int) -> list[State]:
     Raises :class:`~energon_fn.StateError` if the lanes cannot be shared out evenly.
 
     >>> whole = {"version": 1, "fingerprint": {"lanes": 4}, "world_size": 1, "epoch": 0,
-    ...          "delivered": 4, "lanes": {str(lane): [1, [lane]] for lane in range(4)}}
+    ...          "delivered": 4, "lanes": {str(lane): [[lane], 1] for lane in range(4)}}
     >>> [list(rank["lanes"]) for rank in redistribute([whole], 2)]
     [['0', '2'], ['1', '3']]
     """
@@ -183,22 +183,32 @@ def describe(state: State) -> str:
     """What is in a state, for people.
 
     >>> print(describe({"version": 1, "fingerprint": {"lanes": 2, "batch_size": 3}, "epoch": 0,
-    ...     "world_size": 2, "delivered": 4, "lanes": {"0": [4, []], "1": [4, "ended"]}}))
+    ...     "world_size": 2, "delivered": 4, "lanes": {"0": [[], 4], "1": "ended"}}))
     epoch 0, 4 batches delivered to each of 2 ranks
-    lanes: 2 of 2 (1 ended), 4 to 4 batches each
+    lanes: 2 of 2 (1 ended), with 4 to 4 batches
     batch_size: 3
     """
-    counts = [count for count, _ in state["lanes"].values()]
-    ended = sum(lane == ENDED for _, lane in state["lanes"].values())
+    lanes = list(state["lanes"].values())
+    counts = [batches(lane) for lane in lanes if lane != ENDED]
+    ended = lanes.count(ENDED)
     lines = [
         f"epoch {state['epoch']}, {state['delivered']} batches delivered to each of "
         f"{state['world_size']} ranks",
-        f"lanes: {len(counts)} of {state['fingerprint']['lanes']} ({ended} ended), "
-        f"{min(counts)} to {max(counts)} batches each",
+        f"lanes: {len(lanes)} of {state['fingerprint']['lanes']} ({ended} ended)"
+        + (f", with {min(counts)} to {max(counts)} batches" if counts else ""),
     ]
     fingerprint = state["fingerprint"].items()
     lines += [f"{name}: {value}" for name, value in fingerprint if name != "lanes"]
     return "\n".join(lines)
+
+
+def batches(state: Any) -> int:
+    """How many batches a lane has given.
+
+    >>> batches((((2, 17), 1), 3)), batches(None)
+    (3, 0)
+    """
+    return 0 if state is None else int(state[1])
 
 
 def plan_epoch(state: Any) -> int:

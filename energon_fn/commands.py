@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -525,7 +526,7 @@ def _write_sheet(path: str, cells: list[tuple[Any, str]]) -> None:
     if all(picture is None for picture, _ in cells):
         raise ValueError("there are no pictures in these samples to draw a sheet of")
     pictures, captions = zip(*cells, strict=True)
-    sheet = contact_sheet(pictures, captions, columns=min(6, max(2, round(len(cells) ** 0.5))))
+    sheet = contact_sheet(pictures, captions, columns=min(6, math.ceil(len(cells) ** 0.5)))
     file = io.BytesIO()
     sheet.save(file, "PNG")
     files.write_atomic(path, file.getvalue())

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from inspect import isgeneratorfunction
-from typing import Any, Generic, TypeVar
+from itertools import islice
+from typing import Any, Generic, SupportsIndex, TypeVar, cast
 
 from toolz import pipe
 
-from energon_fn import plan, seeds, stages
+from energon_fn import plan, position, seeds, stages
+from energon_fn.checkpoint import tupled
 from energon_fn.collation import collate
 from energon_fn.decoding import decoder as make_decoder
 from energon_fn.errors import DatasetError
-from energon_fn.guard import guarded
+from energon_fn.guard import bookkeeping, guarded
 from energon_fn.lanes import WorkerConfig, default_worker_config
 from energon_fn.samples import CrudeSample
 from energon_fn.source import Source, open_source
@@ -54,14 +56,41 @@ class Dataset(Generic[T]):
 
         epoch: where the plan begins if the state is None. Without a shuffle every epoch is the
         first one, so that validation is always the same, augmentations included.
+        The state is that of the stages and how many batches the lane has given. A batch's
+        ``__restore_key__`` is where it came from, see :meth:`restore_sample`.
         """
-        begin = (epoch if self.plan.shuffle else 0, 0)
+        epoch = epoch if self.plan.shuffle else 0
 
         def keys(state: State) -> Iterator[tuple[plan.Key, State]]:
-            return plan.keys(self.plan, lane, state or begin)
+            return plan.keys(self.plan, lane, state or (epoch, 0))
 
-        lifted: Stream[T] = pipe(keys, *lifts(self))
-        return lifted
+        staged: Stream[T] = pipe(keys, *lifts(self, lane, epoch))
+
+        def stream(state: State = None) -> Iterator[tuple[T, State]]:
+            inner, given = state or (None, 0)
+            position.here.batch_index = given * self.plan.lanes + lane
+            for batch, after in staged(inner):
+                mark(batch, ("batch", epoch, lane, (inner, given)))
+                inner, given = after, given + 1
+                yield batch, (inner, given)
+                position.here.batch_index = given * self.plan.lanes + lane
+
+        return stream
+
+    def restore_sample(self, key: Any) -> Any:
+        """The very sample or batch whose ``__restore_key__`` is ``key``, made again.
+
+        Augmentations are the same, whatever loads it. For a batch, what it was made of is loaded
+        again, a whole packing buffer if need be.
+        """
+        kind, *place = tupled(key)
+        with seeds.untouched():
+            if kind == "batch":
+                epoch, lane, state = place
+                return next(self.lane_stream(lane, epoch)(state))[0]
+            *plan_key, number = place
+            one = lifts(self, 0, 0)[0](lambda state: iter([(tuple(plan_key), (0, 1))]))
+            return next(islice(one(None), number, None))[0]
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -85,7 +114,11 @@ class Dataset(Generic[T]):
 
     def __len__(self) -> int:
         """Batches of one iteration on this rank, if no function skips or multiplies samples."""
-        known = None if self.plan.repeat else self._count()
+        return self.batches(epoch=0)
+
+    def batches(self, epoch: int) -> int:
+        """Batches of one iteration in that epoch: the ranks' shares go round with the epochs."""
+        known = None if self.plan.repeat else self._count(epoch if self.plan.shuffle else 0)
         counts = [count for count in (self.length, known) if count is not None]
         if not counts:
             raise TypeError(
@@ -94,100 +127,156 @@ class Dataset(Generic[T]):
             )
         return min(counts)
 
-    def _count(self) -> int | None:
-        names = ("preencode_sample", "encode_sample", "postencode_sample", "batch", "encode_batch")
-        methods = [method_of(self.task_encoder, name) for name in names]
+    def _count(self, epoch: int) -> int | None:
+        encoder = self.task_encoder
+        functions: list[Any] = [method_of(encoder, name) for name in MULTIPLYING]
+        functions += [cooker.cook for cooker in getattr(encoder, "cookers", ())]
         if (
             self.packing_buffer_size
-            or method_of(self.task_encoder, "batch_group_criterion")
-            or any(isgeneratorfunction(method) for method in methods)
+            or method_of(encoder, "batch_group_criterion")
+            or any(isgeneratorfunction(function) for function in functions)
         ):
             return None
         rounded = 0 if self.batch_drop_last else (self.batch_size or 1) - 1
-        sizes = (plan.lane_size(self.plan, 0, lane) for lane in self.worker_config.rank_lanes)
+        sizes = (plan.lane_size(self.plan, epoch, lane) for lane in self.worker_config.rank_lanes)
         return sum((size + rounded) // (self.batch_size or 1) for size in sizes)
 
+
+MULTIPLYING = (
+    "cook_crude_sample",
+    "preencode_sample",
+    "encode_sample",
+    "postencode_sample",
+    "batch",
+    "encode_batch",
+)
+"""The methods that make more or fewer items where they are generators."""
 
 Lift = Callable[[Stream[Any]], Stream[Any]]
 
 
-def lifts(dataset: Dataset[Any]) -> list[Lift]:
+def lifts(dataset: Dataset[Any], lane: int, epoch: int) -> list[Lift]:
     """The dataset's stages from keys to batches, each lifted to work on streams.
 
-    This is the table that maps the task encoder's methods to stages.
+    This is the table that maps the task encoder's methods to stages. Where they draw random
+    numbers, those of single samples depend on the sample; from packing on, on the place in the
+    stream, and so on the lane and the epoch in which it begins.
     """
     encoder, config = dataset.task_encoder, dataset.worker_config
     # An endless dataset of which nothing comes out would hang for ever.
     longest = (dataset.batch_size or 0) + (dataset.packing_buffer_size or 0)
     patience = 2 * len(dataset.plan) + longest + 1000 if dataset.plan.repeat else None
 
-    def lift(*chain: Callable[[Any], Iterable[Any]]) -> Lift:
-        return partial(resumable, lambda items: pipe(items, *chain), patience=patience)
+    def lift(*chain: Callable[[Any], Iterable[Any]], name: str) -> Lift:
+        return partial(resumable, lambda items: pipe(items, *chain), name=name, patience=patience)
 
-    def guard(fn: Callable[..., Any], name: str, seed: int | None = None) -> Callable[..., Any]:
-        _, tolerance = marks_of(encoder, name)
+    of_sample, of_lane = config.seed_offset, seeds.number(config.seed_offset, lane, epoch)
+
+    def guard(
+        fn: Callable[..., Any],
+        name: str,
+        marks: tuple[bool, int | None] = (False, None),
+        seed: int = of_sample,
+    ) -> Callable[..., Any]:
+        draws, tolerance = marks
         return guarded(
             fn,
             name,
-            seed=seed,
+            seed=seed if draws else None,
             handler=config.global_error_handler,
             tolerance=tolerance or config.failure_tolerance,
         )
 
-    def own(name: str) -> Any:
+    def own(name: str, seed: int) -> Any:
         """The user's method, guarded and seeded, or None where it is the default."""
-        method, (draws, _) = method_of(encoder, name), marks_of(encoder, name)
-        return method and guard(method, name, config.seed_offset if draws else None)
+        method = method_of(encoder, name)
+        return method and guard(method, name, marks_of(encoder, name), seed)
 
-    def each(*names: str) -> list[Any]:
-        return [stages.encode_sample(fn) for name in names if (fn := own(name)) is not None]
+    def each(seed: int, *names: str) -> list[Any]:
+        return [stages.encode_sample(fn) for name in names if (fn := own(name, seed)) is not None]
 
     def cooked(cooker: stages.Cooker) -> stages.Cooker:
-        method = method_of(encoder, "cook_crude_sample")
-        cook = partial(method, cooker=cooker, aux={}) if method else cooker.cook
-        return stages.Cooker(guard(cook, "cook", config.seed_offset), cooker.has_subflavors)
+        cook, marks = cooker.cook, marks_of(cooker, "cook")
+        name = "cook_crude_sample"
+        if (method := method_of(encoder, name)) is not None:
+            cook, marks = partial(method, cooker=cooker, aux={}), marks_of(encoder, name)
+        return stages.Cooker(guard(cook, "cook", marks), cooker.has_subflavors)
 
+    encoding = ["preencode_sample", "encode_sample"]
+    if dataset.packing_buffer_size is None:
+        encoding.append("postencode_sample")
     cookers = [cooked(cooker) for cooker in getattr(encoder, "cookers", ())]
     lifted = [
         lift(
-            partial(load, dataset.source),
+            partial(load, dataset, lane),
             stages.encode_sample(guard(partial(decoded, dataset), "decode")),
             *([stages.cook(cookers)] if cookers else []),
-            *each("preencode_sample", "encode_sample"),
+            *each(of_sample, *encoding),
+            numbered,
+            name="encode_sample",
         )
     ]
     if dataset.packing_buffer_size is not None:
         pack = stages.pack(
-            own("select_samples_to_pack"),
-            own("pack_selected_samples"),
+            own("select_samples_to_pack", of_lane),
+            own("pack_selected_samples", of_lane),
             buffer_size=dataset.packing_buffer_size,
-            postencode=own("postencode_sample"),
+            postencode=own("postencode_sample", of_lane),
         )
-        lifted.append(lift(pack))
-    elif (post := own("postencode_sample")) is not None:
-        lifted.append(lift(stages.encode_sample(post)))
+        lifted.append(lift(pack, name="pack"))
 
-    make = own("batch") or guard(collate, "batch")
-    if (criterion := own("batch_group_criterion")) is not None:
+    make = own("batch", of_lane) or guard(collate, "batch")
+    if (criterion := own("batch_group_criterion", of_lane)) is not None:
         group = stages.group(_key_of, dataset.batch_size, drop_last=dataset.batch_drop_last)
         lifted += [
-            lift(stages.encode_sample(partial(_keyed, criterion))),
+            lift(stages.encode_sample(partial(_keyed, criterion)), name="batch_group_criterion"),
             partial(holding, group),
-            lift(stages.encode_sample(partial(_of_group, make)), *each("encode_batch")),
+            lift(
+                stages.encode_sample(partial(_of_group, make)),
+                *each(of_lane, "encode_batch"),
+                name="batch",
+            ),
         ]
     elif dataset.batch_size is not None:
         batch = stages.batch(dataset.batch_size, make, drop_last=dataset.batch_drop_last)
-        lifted.append(lift(batch, *each("encode_batch")))
+        lifted.append(lift(batch, *each(of_lane, "encode_batch"), name="batch"))
     return lifted
 
 
-def load(source: Source, keys: Iterable[plan.Key]) -> Iterator[dict[str, Any]]:
-    """The raw samples of the keys. Their restore key is their key in the plan."""
+def load(dataset: Dataset[Any], lane: int, keys: Iterable[plan.Key]) -> Iterator[dict[str, Any]]:
+    """The raw samples of the keys, as they are at hand in the plan of a lane."""
+    source, lanes, here = dataset.source, dataset.plan.lanes, position.here
+    longest = max((plan.lane_size(dataset.plan, 0, each) for each in range(lanes)), default=0)
     for key in keys:
-        seeds.at(key)
+        epoch, done = cast(plan.State, here.where)  # the plan's state after this key
+        here.sample_index = (epoch * longest + done - 1) * lanes + lane
+        position.doing("load", key)
         raw = source.load(key[1])
-        raw["__restore_key__"] = key
+        raw["__restore_key__"] = ("sample", *key, 0)
+        position.at(key)
         yield raw
+
+
+def numbered(samples: Iterable[T]) -> Iterator[T]:
+    """The samples, with the number of each among those of its key in its restore key."""
+    last, number = None, 0
+    for sample in samples:
+        key = bookkeeping(sample, "__restore_key__")
+        if key:
+            number = number + 1 if key[1:3] == last else 0
+            last = key[1:3]
+            if number:
+                mark(sample, (*key[:3], number))
+        yield sample
+
+
+def mark(item: Any, key: tuple[Any, ...]) -> None:
+    """Set the restore key of a sample or batch that has one."""
+    if isinstance(item, dict):
+        if "__restore_key__" in item:
+            item["__restore_key__"] = key
+    elif hasattr(item, "__restore_key__"):
+        object.__setattr__(item, "__restore_key__", key)  # of a frozen dataclass too
 
 
 def decoded(dataset: Dataset[Any], raw: dict[str, Any]) -> Any:
@@ -202,7 +291,14 @@ def decoded(dataset: Dataset[Any], raw: dict[str, Any]) -> Any:
 
 # A group's members travel with their key and size, so that grouping them again asks no user.
 def _keyed(criterion: Callable[[T], tuple[Any, Any]], sample: T) -> tuple[Any, Any, T]:
-    return (*criterion(sample), sample)
+    match criterion(sample):
+        case (Hashable() as key, size) if size is None or hasattr(size, "__index__"):
+            return key, size, sample
+        case wrong:
+            raise TypeError(
+                f"batch_group_criterion returned {wrong!r}; it must return (key, batch size or "
+                "None), the key being a value that can be a dict's key"
+            )
 
 
 def _key_of(keyed: tuple[Any, Any, Any]) -> tuple[Any, Any]:
@@ -233,9 +329,10 @@ def get_train_dataset(
     virtual_epoch_length: batches of one iteration on each rank; 0: no end, or the dataset's.
     The other options are those of :func:`get_dataset`.
     """
-    if virtual_epoch_length < 0:
+    if not isinstance(virtual_epoch_length, SupportsIndex) or virtual_epoch_length < 0:
         raise ValueError(
-            f"virtual_epoch_length is {virtual_epoch_length}; it must be 0 (off) or more"
+            f"virtual_epoch_length is {virtual_epoch_length!r}; it must be a number of batches, or "
+            "0 to switch it off"
         )
     return get_dataset(
         path,
@@ -302,7 +399,8 @@ def get_dataset(
     task_encoder: None: the defaults of :class:`~energon_fn.DefaultTaskEncoder`.
     worker_config: None: :meth:`WorkerConfig.default_worker_config`.
     image_decode: how images come out, one of webdataset's names; ``auto_decode=False`` or
-    ``decoder=None`` give all parts as bytes; another decoder is called with raw samples.
+    ``decoder=None`` give all parts as bytes; another decoder, also one that the task encoder has,
+    is called with raw samples instead.
     dataset_config, split_config: the files in ``.nv-meta``.
     trust_dataset_code: run the code that the dataset's configuration names.
 
@@ -317,11 +415,23 @@ def get_dataset(
         "limit": length,
     }
     for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ValueError(f"{name} is {size}; it must be 1 or more, or None to switch it off")
+        if size is not None and (not isinstance(size, SupportsIndex) or size < 1):
+            raise ValueError(
+                f"{name} is {size!r}; it must be a whole number of 1 or more, or None to switch it "
+                "off"
+            )
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"path is {path!r}; it must be one string or pathlib.Path: a folder, a file, or a "
+            "pattern of files"
+        )
     encoder = DefaultTaskEncoder[Any, Any, Any, Any]() if task_encoder is None else task_encoder
     check_task_encoder(encoder, packing_buffer_size)
     config = default_worker_config() if worker_config is None else worker_config
+    if not isinstance(config, WorkerConfig):
+        raise TypeError(
+            f"worker_config is {config!r}; give a WorkerConfig, default_worker_config(4) say"
+        )
     source = open_source(
         path,
         split_part,
@@ -336,7 +446,12 @@ def get_dataset(
         )
     if decoder is DEFAULT_DECODER:
         own = getattr(encoder, "decoder", None)
-        decoder = own or (make_decoder(image_decode) if auto_decode else None)
+        decoder = (own or make_decoder(image_decode)) if auto_decode else None
+    if not (decoder is None or callable(decoder)):
+        raise TypeError(
+            f"decoder is {decoder!r}; it must be a function from a raw sample to a decoded one, or "
+            "None for bytes. How images come out is said by image_decode."
+        )
     return Dataset(
         source=source,
         plan=plan.Plan(
@@ -362,6 +477,10 @@ def get_dataset(
 
 def check_task_encoder(encoder: Any, packing_buffer_size: int | None) -> None:
     """Raise for methods that are missing, or that exclude each other."""
+    if isinstance(encoder, type):
+        raise TypeError(
+            f"task_encoder is the class {encoder.__name__}; give an object: {encoder.__name__}()"
+        )
     name = type(encoder).__name__
     has = {method for method in METHODS if method_of(encoder, method) is not None}
     if "select_samples_to_pack" in has and "pack_selected_samples" not in has:
@@ -374,6 +493,7 @@ def check_task_encoder(encoder: Any, packing_buffer_size: int | None) -> None:
         )
     if "encode_sample" in has and has & {"preencode_sample", "postencode_sample"}:
         raise TypeError(
-            f"{name} has encode_sample and also preencode_sample or postencode_sample, which are "
-            "its two halves: write either the one or the others"
+            f"{name} has encode_sample (or the encoded_sample_type that it is to give) and also "
+            "preencode_sample or postencode_sample, which are its two halves: write either the one "
+            "or the others"
         )

@@ -16,8 +16,8 @@ import gzip
 import io
 import json
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache, lru_cache, partial
 from typing import Any, NoReturn
 

@@ -330,10 +330,10 @@ class CaptioningTaskEncoder(
 
         Random numbers may come from torch, NumPy or ``random``: they are seeded for each sample.
         """
-        image = fit(sample.image, self.image_size)
+        image = (sample.image * random.uniform(0.9, 1.1)).clamp(0, 1)
         if random.random() < 0.5:
             image = image.flip(-1)
-        image = (image * random.uniform(0.9, 1.1)).clamp(0, 1)
+        image = fit(image, self.image_size)
         tokens = torch.tensor([IMAGE, *self.tokenizer.encode(sample.caption), END])
         if len(tokens) > self.max_tokens:
             raise SkipSample

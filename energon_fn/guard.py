@@ -11,7 +11,7 @@ from itertools import count
 from types import GeneratorType
 from typing import Any, TypeVar
 
-from energon_fn import seeds
+from energon_fn import position, seeds
 from energon_fn.errors import (
     PROGRAMMING_ERRORS,
     DatasetError,
@@ -20,6 +20,7 @@ from energon_fn.errors import (
     SkipSample,
     log_exception,
 )
+from energon_fn.samples import SourceInfo
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -69,6 +70,7 @@ def guarded(
 
     def call(item: T) -> U | Iterator[U]:
         nonlocal failures
+        position.doing(stage, item)
         if seed is not None:
             seeds.reseed(seed, stage)
         try:
@@ -84,9 +86,10 @@ def guarded(
     def outputs(results: Iterator[U], item: T) -> Iterator[U]:
         # Others run between two outputs: put position and seeds back before each.
         nonlocal failures
-        where = seeds.here()
+        where = position.here.where
         for n in count():
-            seeds.at((where, n))
+            position.at((where, n))
+            position.doing(stage, item)
             if seed is not None:
                 seeds.reseed(seed, stage)
             try:
@@ -129,7 +132,9 @@ def describe(item: Any) -> str:
     ]
     keys = [key for one in found for key in members(one)]
     shards = dict.fromkeys(
-        f"{source.dataset_path}/{source.shard_name}" for source in sources_of(item) or ()
+        f"{source.dataset_path}/{source.shard_name}"
+        for source in sources_of(item) or ()
+        if isinstance(source, SourceInfo)  # or whatever a user's batch has there
     )
     shown = ", ".join(str(key) for key in keys[:8]) + (", ..." if len(keys) > 8 else "")
     plural = "s" if len(keys) > 1 else ""

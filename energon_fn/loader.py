@@ -47,13 +47,12 @@ class Loader(Generic[T]):
     def _begin(self, epoch: int) -> None:
         self._epoch = epoch
         self._delivered = 0  # batches of this epoch, or virtual epoch
-        # Lanes that have not ended, by turn, with their states; and the batches each has given.
+        # Lanes that have not ended, by turn, with their states.
         self._lanes: dict[int, State] = dict.fromkeys(self.dataset.worker_config.rank_lanes)
-        self._counts = dict.fromkeys(self._lanes, 0)
         self._started = False
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self.dataset.batches(self._epoch)
 
     def __iter__(self) -> Iterator[T]:
         length, virtual = self.dataset.length, self.dataset.virtual
@@ -73,6 +72,13 @@ class Loader(Generic[T]):
         if not (virtual and self._delivered == length):
             self._begin(self._epoch + 1)
 
+    def restore_sample(self, key: Any) -> Any:
+        """The very sample or batch whose ``__restore_key__`` is ``key``, made again in this process.
+
+        See :meth:`energon_fn.Dataset.restore_sample`.
+        """
+        return self.dataset.restore_sample(key)
+
     def state_dict(self) -> dict[str, Any]:
         """Where this rank's loader is: behind the last batch that was delivered.
 
@@ -86,8 +92,8 @@ class Loader(Generic[T]):
             "epoch": self._epoch,
             "delivered": self._delivered,
             "lanes": {
-                str(lane): [count, checkpoint.listed(self._lanes.get(lane, checkpoint.ENDED))]
-                for lane, count in sorted(self._counts.items())
+                str(lane): checkpoint.listed(self._lanes.get(lane, checkpoint.ENDED))
+                for lane in self.dataset.worker_config.rank_lanes
             },
         }
 
@@ -106,18 +112,20 @@ class Loader(Generic[T]):
         checkpoint.check_lanes(state, [str(lane) for lane in config.rank_lanes])
         lanes = {int(lane): checkpoint.tupled(of) for lane, of in state["lanes"].items()}
         self._restored += 1
-        if differing:
-            epochs = [checkpoint.plan_epoch(at) for _, at in lanes.values()]
+        if differing or "replay" in accept:
+            epochs = [checkpoint.plan_epoch(at) for at in lanes.values()]
             self._begin(1 + max(state["epoch"], *epochs))
-            logger.warning(f"{', '.join(differing)} changed: going on with epoch {self._epoch}")
+            changed = ", ".join(differing or ["replay"])
+            logger.warning(f"{changed} changed: going on with epoch {self._epoch}")
         else:
             self._begin(state["epoch"])
-            self._counts = {lane: lanes[lane][0] for lane in config.rank_lanes}
+            left = [lane for lane in config.rank_lanes if lanes[lane] != checkpoint.ENDED]
             # It is the turn of the lane that has given least.
-            by_turn = sorted(config.rank_lanes, key=lambda lane: (self._counts[lane], lane))
-            states = {lane: lanes[lane][1] for lane in by_turn}
-            self._lanes = {lane: s for lane, s in states.items() if s != checkpoint.ENDED}
-        self._delivered = state["delivered"] * state["world_size"] // config.world_size
+            left.sort(key=lambda lane: (checkpoint.batches(lanes[lane]), lane))
+            self._lanes = {lane: lanes[lane] for lane in left}
+        delivered = state["delivered"] * state["world_size"] // config.world_size
+        # With fewer ranks it may be more than this iteration's length: then the next one is due.
+        self._delivered = min(delivered, self.dataset.length or delivered)
 
     save_state_rank = state_dict
     restore_state_rank = load_state_dict
@@ -126,16 +134,36 @@ class Loader(Generic[T]):
         """The merged state of all ranks on rank ``global_dst_rank``, None on the others.
 
         All ranks must call it at the same step. Without torch.distributed it is this rank's state.
+
+        global_dst_rank: counted over all processes, also where there is a ``data_parallel_group``.
+        Other groups, which load what its group loads, may call it too: they get None.
         """
-        group = self.dataset.worker_config.data_parallel_group
         if not (distributed.is_available() and distributed.is_initialized()):
             return self.state_dict()
-        at_destination = distributed.get_rank() == global_dst_rank
+        config = self.dataset.worker_config
+        group = config.data_parallel_group
+        if not 0 <= global_dst_rank < distributed.get_world_size():
+            raise ValueError(
+                f"global_dst_rank is {global_dst_rank}; there are {distributed.get_world_size()} "
+                "processes, counted from 0"
+            )
+        if global_dst_rank not in distributed.get_process_group_ranks(group):
+            return None
         states: list[Any] | None = None
-        if at_destination:
+        if distributed.get_rank() == global_dst_rank:
             states = [None] * distributed.get_world_size(group)
         distributed.gather_object(self.state_dict(), states, dst=global_dst_rank, group=group)
-        return checkpoint.merge(states) if states is not None else None
+        if states is None:
+            return None
+        # Ranks with the same WorkerConfig.rank load the same, and have the same state.
+        whole = checkpoint.merge(s for n, s in enumerate(states) if s not in states[:n])
+        if missing := config.lane_count - len(whole["lanes"]):
+            raise StateError(
+                f"{missing} of {config.lane_count} lanes are on none of the {len(states)} ranks "
+                f"that save: world_size is {config.world_size} in their WorkerConfig, whose "
+                "data_parallel_group must be the group that rank and world_size are counted in"
+            )
+        return whole
 
     def restore_state_global(
         self,
@@ -147,11 +175,18 @@ class Loader(Generic[T]):
         """Go to where all ranks were when ``state`` was saved by :meth:`save_state_global`.
 
         state: given on all ranks; or on rank ``src_rank`` only, from where the others get it.
+        src_rank: counted within the ``data_parallel_group`` where there is one; each group must
+        be given the state.
         """
         if src_rank is not None and distributed.is_available() and distributed.is_initialized():
             shared = [state]
             group = self.dataset.worker_config.data_parallel_group
-            distributed.broadcast_object_list(shared, src=src_rank, group=group)
+            ranks = distributed.get_process_group_ranks(group)
+            if not 0 <= src_rank < len(ranks):
+                raise ValueError(
+                    f"src_rank is {src_rank}; there are {len(ranks)} ranks, counted from 0"
+                )
+            distributed.broadcast_object_list(shared, src=ranks[src_rank], group=group)
             state = shared[0]
         if state is None:
             raise StateError("there is no state: give it on every rank, or say on which (src_rank)")
@@ -171,7 +206,6 @@ class Loader(Generic[T]):
                 raise
             del self._lanes[delivery.lane]
             if delivery.state is not None:
-                self._counts[delivery.lane] += 1
                 self._lanes[delivery.lane] = delivery.state  # its next turn is after all others'
                 self._batch = delivery.batch
                 return True

@@ -124,9 +124,7 @@ def read_dataset_config(
         load = SampleLoader(sample_type, code["sample_loader"])
         return DatasetConfig(sample_type, load, wanted, subflavors)
     make = FieldMap.of(sample_type, content["field_map"], where=str(path))
-    return DatasetConfig(
-        sample_type, make, make.parts.__contains__, subflavors, content["field_map"]
-    )
+    return DatasetConfig(sample_type, make, make.part_filter, subflavors, content["field_map"])
 
 
 def write_dataset_config(
@@ -172,27 +170,19 @@ def write_dataset_config(
 
 def _check_combination(sample_type: type[Any] | None, content: Mapping[str, Any]) -> None:
     """Exactly one way from a raw dict to the fields, and none for a crude dataset."""
+    ways = [key for key in ("field_map", "sample_loader") if key in content]
     if sample_type is None:
-        for key in ("field_map", "sample_loader"):
-            if key in content:
-                raise EntryError(
-                    f"a CrudeWebdataset has no {key}. Remove it, or name a sample type instead.",
-                    key,
-                )
-    elif ("field_map" in content) == ("sample_loader" in content):
-        example = "".join(f"\n  {name}: PART" for name in required_fields(sample_type))
-        raise EntryError(
-            "exactly one of field_map and sample_loader is needed. Write for example\nfield_map:"
-            + example,
-            "sample_type",
-        )
-    elif "field_map" in content:
+        if ways:
+            remedy = "Remove it, or name a sample type instead."
+            raise EntryError(f"a CrudeWebdataset has no {ways[0]}. {remedy}", ways[0])
+    elif len(ways) != 1:
+        example = "\n  ".join(["", *(f"{name}: PART" for name in required_fields(sample_type))])
+        problem = "exactly one of field_map and sample_loader is needed."
+        raise EntryError(f"{problem} Write for example\nfield_map:{example}", "sample_type")
+    elif ways == ["field_map"]:
         if "part_filter" in content:
-            raise EntryError(
-                "part_filter goes with a sample_loader only. Remove it: a field map reads only "
-                "the parts that it names.",
-                "part_filter",
-            )
+            remedy = "Remove it: a field map reads only the parts that it names."
+            raise EntryError(f"part_filter goes with a sample_loader only. {remedy}", "part_filter")
         check_field_map(sample_type, content["field_map"])
 
 

@@ -86,6 +86,7 @@ def lane_size(plan: Plan, epoch: int, lane: int) -> int:
         first, last = _share(plan, epoch, lane)
         return last - first
     rounds, rest = divmod(total, plan.lanes * plan.block)
+    lane = _dealt(plan, epoch, lane)
     return rounds * plan.block + min(max(rest - lane * plan.block, 0), plan.block)
 
 
@@ -93,6 +94,12 @@ def _share(plan: Plan, epoch: int, lane: int) -> tuple[int, int]:
     # Shares go round with the epochs: with fewer samples than lanes, everybody gets some in turn.
     share = (lane + epoch) % plan.lanes
     return len(plan) * share // plan.lanes, len(plan) * (share + 1) // plan.lanes
+
+
+def _dealt(plan: Plan, epoch: int, lane: int) -> int:
+    """The lane's place in a round of blocks; an epoch's deal goes on where the last one's ended."""
+    blocks = -(-len(plan) // plan.block)
+    return (lane - epoch * blocks) % plan.lanes
 
 
 def _chunk(plan: Plan, epoch: int, lane: int, position: int) -> tuple[Ints, int]:
@@ -120,7 +127,7 @@ def _visit(plan: Plan, epoch: int, lane: int, places: Ints) -> Ints:
     """The dataset's indices at the given places of the lane's epoch."""
     if not plan.shuffle:
         rounds, within = np.divmod(places, plan.block)
-        return (rounds * plan.lanes + lane) * plan.block + within
+        return (rounds * plan.lanes + _dealt(plan, epoch, lane)) * plan.block + within
     starts, ends = _sequences(plan, epoch)
     places = places + _share(plan, epoch, lane)[0]
     number = np.searchsorted(ends, places, side="right")

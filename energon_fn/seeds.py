@@ -4,8 +4,7 @@ Every random number is computed from *(seed, what for, where)*, never drawn from
 runs along. So it does not matter who computes it, in which order, or how often: a sample that is
 loaded again after a resume, or by another worker, meets the same numbers.
 
-``where`` is kept by the streams: they call :func:`at` when they hand an item to a stage. A user's
-function is seeded from it by :func:`reseed`.
+Where is kept in :mod:`energon_fn.position`; a user's function is seeded from it by :func:`reseed`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-_where: list[object] = [None, 0]  # the position of the item at hand, calls made for it so far
+from energon_fn.position import here
 
 
 def number(*what: object) -> int:
@@ -52,16 +51,6 @@ def permutation(n: int, *what: object) -> npt.NDArray[np.int64]:
     return np.argsort(x, kind="stable")
 
 
-def at(where: object) -> None:
-    """Say which item is at hand: what :func:`reseed` computes its seeds from."""
-    _where[:] = where, 0
-
-
-def here() -> object:
-    """The position given to :func:`at` last."""
-    return _where[0]
-
-
 @contextmanager
 def untouched() -> Iterator[None]:
     """Leave the global random generators, when all is done, as they were before.
@@ -87,15 +76,15 @@ def reseed(seed: int, what: str) -> None:
     The seed is a function of ``seed``, ``what``, the position, and how many calls there were at
     this position.
 
+    >>> from energon_fn.position import at
     >>> at(("epoch", 0, "sample", 5)); reseed(0, "encode_sample"); a = random.random()
     >>> at(("epoch", 0, "sample", 6)); reseed(0, "encode_sample"); b = random.random()
     >>> at(("epoch", 0, "sample", 5)); reseed(0, "encode_sample"); c = random.random()
     >>> (a == c, a == b)
     (True, False)
     """
-    where, calls = _where
-    _where[1] = calls + 1  # type: ignore[operator]  # the second of the pair is the count
-    x = number(seed, what, where, calls)
+    x = number(seed, what, here.where, here.calls)
+    here.calls += 1
     random.seed(x)
     np.random.seed(x & 0xFFFFFFFF)
     torch.default_generator.manual_seed(x)

@@ -139,8 +139,7 @@ def _each(items: Iterable[T], fn: Callable[[T], U | Iterator[U]]) -> Iterator[U]
             continue
 
 
-@stage
-def decode(items: Iterable[dict[str, Any]], image: str | None = "torchrgb") -> Iterator[Any]:
+def decode(image: str | None = "torchrgb") -> Stage[dict[str, Any], dict[str, Any]]:
     """Decode the parts of raw samples by their names; see :mod:`energon_fn.decoding`.
 
     image: how images come out, one of webdataset's names; None leaves all parts as bytes.
@@ -148,7 +147,8 @@ def decode(items: Iterable[dict[str, Any]], image: str | None = "torchrgb") -> I
     >>> list(decode()([{"__key__": "7", "txt": b"a rose", "cls": b"3", "raw": b"?"}]))
     [{'__key__': '7', 'txt': 'a rose', 'cls': 3, 'raw': b'?'}]
     """
-    return _each(items, decoder(image))
+    fn = decoder(image)  # a wrong option is said here, not at the first sample
+    return Stage(decode, lambda items, _: _each(items, fn), (image,), {})
 
 
 @stage
@@ -317,7 +317,13 @@ def pack(
 
 def _selected(select: Callable[[list[T]], Iterable[list[T]]], buffer: list[T]) -> Iterator[list[T]]:
     try:
-        yield from select(buffer)
+        groups = select(buffer)
+        if groups is None:
+            raise TypeError(
+                "the function that selects samples to pack returned None: return the groups, a "
+                "list of lists, or yield them"
+            )
+        yield from groups
     except SkipSample:
         return
 

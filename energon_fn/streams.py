@@ -15,8 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from energon_fn import seeds
-from energon_fn.errors import FatalSampleError
+from energon_fn import position
+from energon_fn.errors import FatalSampleError, StateError
+from energon_fn.samples import key_of
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -26,13 +27,20 @@ Stream = Callable[[State], Iterator[tuple[T, State]]]
 Stage = Callable[[Iterator[T]], Iterable[U]]
 
 
-def resumable(stage: Stage[T, U], upstream: Stream[T], patience: int | None = None) -> Stream[U]:
+def resumable(
+    stage: Stage[T, U], upstream: Stream[T], *, name: str = "a stage", patience: int | None = None
+) -> Stream[U]:
     """Lift a stage that holds nothing whenever it pulls after it has emitted.
 
     Per-item stages (map, filter, one to many), ``batch`` and ``pack`` are of this kind: they pull a
     run of items, emit what comes of them, and start anew. The state is ``(where the run began,
-    how many of its outputs were delivered)``; going on replays that one run. After ``patience``
-    items without an output :class:`~energon_fn.FatalSampleError` is raised.
+    how many of its outputs were delivered, the last one's key if it has one)``; going on replays
+    that one run. Lift stages one by one: one to many and then ``batch``, say, piped together, are
+    not of this kind, since ``batch`` then pulls while the other still holds something.
+
+    Raises :class:`~energon_fn.StateError` if the replay does not come to the same key, naming the
+    stage ``name``, and :class:`~energon_fn.FatalSampleError` after ``patience`` items without an
+    output.
 
     >>> def numbers(state):
     ...     for n in range(state or 0, 7):
@@ -45,19 +53,21 @@ def resumable(stage: Stage[T, U], upstream: Stream[T], patience: int | None = No
     >>> values
     ((0, 1), (2, 3), (4, 5), (6, None))
     >>> states[1]
-    (2, 1)
+    (2, 1, None)
     >>> [value for value, state in stream(states[1])]
     [(4, 5), (6, None)]
     """
 
     def stream(state: State = None) -> Iterator[tuple[U, State]]:
-        run, drop = state or (None, 0)
+        run, drop, expected = state or (None, 0, None)
         last, emitted, pulled = run, 0, 0
         items = upstream(run)
 
         def pull() -> Iterator[T]:
             nonlocal run, last, drop, emitted, pulled
             while True:
+                if emitted < drop and (emitted or pulled == patience):
+                    raise _diverged(name, expected, "no more")
                 if emitted:  # a new run begins
                     run, drop, emitted, pulled = last, 0, 0, 0
                 elif pulled == patience:
@@ -71,14 +81,18 @@ def resumable(stage: Stage[T, U], upstream: Stream[T], patience: int | None = No
                 if item is None:
                     return
                 last = item[1]
-                seeds.at(last)
+                position.at(last)
                 yield item[0]
 
         for output in stage(pull()):
             emitted += 1
             if emitted > drop:
-                yield output, (run, emitted)
-            seeds.at((last, emitted))  # others ran meanwhile, and this run may have more to emit
+                yield output, (run, emitted, key_of(output))
+            elif emitted == drop and expected != key_of(output):
+                raise _diverged(name, expected, key_of(output))
+            position.at((last, emitted))  # others ran meanwhile, and there may be more of this run
+        if emitted < drop:
+            raise _diverged(name, expected, "no more")
 
     return stream
 
@@ -122,7 +136,7 @@ def holding(stage: Stage[T, list[T]], upstream: Stream[T]) -> Stream[list[T]]:
                 yield item
             for item, after in upstream(last):
                 held[id(item)], last = last, after
-                seeds.at(after)
+                position.at(after)
                 yield item
 
         for output in stage(pull()):
@@ -131,3 +145,12 @@ def holding(stage: Stage[T, list[T]], upstream: Stream[T]) -> Stream[list[T]]:
             yield output, (last, tuple(held.values()))
 
     return stream
+
+
+def _diverged(name: str, expected: object, got: object) -> StateError:
+    return StateError(
+        f"replay diverged in {name}: expected key {expected}, got {got}. A function of that stage "
+        "does not give the same for the same samples: it draws random numbers elsewhere than from "
+        "random, NumPy or torch, keeps something between samples, or was changed. Mend it, or begin "
+        'the next epoch with load_state_dict(state, accept=["replay"]).'
+    )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar, cast, overload
 
 from energon_fn.collation import collate, generic_batch
+from energon_fn.position import here
 from energon_fn.samples import CrudeSample
 from energon_fn.stages import Cooker
 
@@ -32,6 +33,16 @@ class TaskEncoder(Protocol[T_sample, T_encoded_sample, T_raw_batch, T_batch]):
 
     cookers: ClassVar[Sequence[Cooker]] = ()
     decoder: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+
+    @property
+    def current_sample_index(self) -> int:
+        """The number of the sample at hand, counted over all lanes; it grows by lanes in each."""
+        return here.sample_index
+
+    @property
+    def current_batch_index(self) -> int:
+        """The number of the batch being made, in the order in which all ranks get them."""
+        return here.batch_index
 
     def cook_crude_sample(self, sample: CrudeSample, cooker: Cooker, aux: dict[str, Any]) -> Any:
         """Make a sample of a crude one, by the cooker that was found for it."""
@@ -156,7 +167,8 @@ class AugmentTaskEncoder(DefaultTaskEncoder[T_sample, T_encoded_sample, T_raw_ba
         # Its own cookers come first, then those of the encoder inside.
         inner = getattr(task_encoder, "cookers", ())
         self.cookers = (*type(self).cookers, *inner)  # type: ignore[misc]  # for this instance
-        self.decoder = type(self).decoder or getattr(task_encoder, "decoder", None)
+        if type(self).decoder is None:
+            self.decoder = getattr(task_encoder, "decoder", None)
 
     cook_crude_sample = _delegate("cook_crude_sample")
     encode_sample = _delegate("encode_sample")

@@ -17,7 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from toolz import compose_left
 
-from energon_fn import seeds
+from energon_fn import position, seeds
 from energon_fn.errors import (
     DatasetError,
     FatalSampleError,
@@ -304,7 +304,7 @@ def run(
 ) -> list[Any]:
     def items() -> Iterator[Any]:
         for place in places:
-            seeds.at(place)
+            position.at(place)
             yield place
 
     outputs = []
@@ -316,7 +316,7 @@ def run(
 
 def disturb() -> None:
     """What other lanes and stages do meanwhile."""
-    seeds.at("elsewhere")
+    position.at("elsewhere")
     seeds.reseed(7, "batch")
     drawn(None)
 
@@ -325,7 +325,7 @@ def disturb() -> None:
 def _tidy() -> Iterator[None]:
     with seeds.untouched():
         yield
-    seeds.at(None)
+    position.at(None)
 
 
 @pytest.mark.parametrize("function", [drawn, drawn_thrice])
@@ -373,7 +373,7 @@ def test_a_function_that_fails_or_skips_changes_no_other_items_numbers() -> None
 
 def numbers(first: int, state: Any) -> Iterator[tuple[int, int]]:
     for n in range(state or first, first + 30):
-        seeds.at(n)
+        position.at(n)
         yield n, n + 1
 
 

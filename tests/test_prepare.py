@@ -19,13 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from energon_fn.errors import DatasetError
-from energon_fn.metadata import (
-    part_filter,
-    read_dataset_config,
-    read_info,
-    read_split_config,
-    to_sample,
-)
+from energon_fn.metadata import read_dataset_config, read_info, read_split_config
 from energon_fn.prepare import (
     BaseWebdatasetFactory,
     explain_duplicates,
@@ -402,8 +396,8 @@ def test_sample_loader_template(tmp_path: Path) -> None:
     read = read_dataset_config(tmp_path, trust_dataset_code=True)
     raw = {"__key__": "k", "jpg": "pixels", "gt.txt": "words"}
     made = OCRSample(__key__="k", image="pixels", text="words")  # type: ignore[arg-type]
-    assert to_sample(read)(raw) == made
-    assert [p for p in ("jpg", "gt.txt", 'a"b', "txt") if part_filter(read)(p)] == [
+    assert read.to_sample(raw) == made
+    assert [p for p in ("jpg", "gt.txt", 'a"b', "txt") if read.part_filter(p)] == [
         "jpg", "gt.txt", 'a"b',
     ]  # fmt: skip
 

@@ -16,8 +16,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from energon_fn import seeds
-from energon_fn.seeds import at, number, permutation, reseed, untouched
+from energon_fn import position
+from energon_fn.position import at
+from energon_fn.seeds import number, permutation, reseed, untouched
 
 plain: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.integers() | st.text(max_size=3),
@@ -203,9 +204,9 @@ def test_calls_at_one_position_differ_and_are_counted_from_it() -> None:
 
 def test_here_is_where_at_was() -> None:
     at(("a", 1))
-    assert seeds.here() == ("a", 1)
+    assert position.here.where == ("a", 1)
     at(None)
-    assert seeds.here() is None
+    assert position.here.where is None
 
 
 @pytest.mark.parametrize("raises", [False, True])

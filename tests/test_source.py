@@ -216,7 +216,7 @@ def test_the_split_says_which_shards_and_in_which_order(tmp_path: Path) -> None:
     assert keys(open_source(tmp_path, "val")) == ["b000"]
     assert keys(open_source(tmp_path, "twice")) == ["b000", "b000"]
     assert len(open_source(tmp_path, "none")) == 0
-    with pytest.raises(DatasetError, match="no split part 'test'; it has: train, val, none"):
+    with pytest.raises(DatasetError, match="no split part 'test'; there are: train, val, none"):
         open_source(tmp_path, "test")
 
 
