@@ -131,8 +131,11 @@ def list_tars(folder: str | os.PathLike[str]) -> list[str]:
             real = os.path.realpath(where)
             folders[:] = [] if real in seen else [f for f in folders if not f.startswith(".")]
             if real not in seen:
-                found += [Path(where, n).relative_to(root).as_posix() for n in names
-                          if is_tar(n) and not n.startswith(".")]
+                found += [
+                    Path(where, n).relative_to(root).as_posix()
+                    for n in names
+                    if is_tar(n) and not n.startswith(".")
+                ]
             seen.add(real)
     return sorted(found, key=_by_folder)
 

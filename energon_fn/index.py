@@ -162,9 +162,7 @@ def index_shard(path: str | os.PathLike[str], name: str | None = None) -> ShardI
     def broken(why: object) -> DatasetError:
         # The last one begun may lack parts.
         last = f"the last whole sample is {keys[-2]!r}" if len(keys) > 1 else "no sample is whole"
-        return DatasetError(
-            f"{path}: {why}; {last}. Copy or write the shard again, or exclude it."
-        )
+        return DatasetError(f"{path}: {why}; {last}. Copy or write the shard again, or exclude it.")
 
     with files.open_stream(path) as stream:
         try:
@@ -199,11 +197,19 @@ def index_shard(path: str | os.PathLike[str], name: str | None = None) -> ShardI
     if any(rest[:_TAR_BLOCK]):
         raise broken(f"byte {tar.offset} is not a tar header")
     if rest.strip(b"\0"):
-        logger.warning("%s has data behind its end-of-archive marker at byte %d (tars that were "
-                       "concatenated?): it is not read", path, tar.offset)
+        logger.warning(
+            "%s has data behind its end-of-archive marker at byte %d (tars that were "
+            "concatenated?): it is not read",
+            path,
+            tar.offset,
+        )
     if links:
-        logger.warning("%s: %d links are not read as parts of samples. Write the shard with what "
-                       "they point to (GNU tar: --dereference --hard-dereference)", path, links)
+        logger.warning(
+            "%s: %d links are not read as parts of samples. Write the shard with what "
+            "they point to (GNU tar: --dereference --hard-dereference)",
+            path,
+            links,
+        )
     offsets.append(tar.offset)
     _check_text(path, shard)
     return shard
@@ -394,11 +400,15 @@ def _fill_cache(
             query = "SELECT name, size, mtime_ns, tar_file_id, sample_count FROM old.shards"
             kept = {row[:3]: row[3:] for row in db.execute(query)}
         todo = [stamp[0] for stamp in stamps if stamp not in kept]
-        walked = iter(tqdm(
-            index_shards(root, todo, workers),
-            total=len(todo), desc=f"indexing {root}", unit="shard",
-            disable=None if todo else True,  # None: shown on a terminal only
-        ))
+        walked = iter(
+            tqdm(
+                index_shards(root, todo, workers),
+                total=len(todo),
+                desc=f"indexing {root}",
+                unit="shard",
+                disable=None if todo else True,  # None: shown on a terminal only
+            )
+        )
         for tar_file_id, stamp in enumerate(stamps):
             if stamp in kept:
                 old_id, count = kept[stamp]
@@ -406,7 +416,8 @@ def _fill_cache(
                     columns = ", ".join(_COLUMNS[table])
                     db.execute(
                         f"INSERT INTO {table} SELECT ?, {columns} FROM old.{table} "
-                        "WHERE tar_file_id = ?", (tar_file_id, old_id),
+                        "WHERE tar_file_id = ?",
+                        (tar_file_id, old_id),
                     )
             else:
                 shard = next(walked)
@@ -422,7 +433,8 @@ def _fill_cache(
             logger.warning(
                 "%s: the key %r occurs more than once. Samples are read by position, so all are "
                 "there, but a key does not name one; `energon-fn prepare` would refuse them.",
-                root, twice[0],
+                root,
+                twice[0],
             )
 
 

@@ -19,7 +19,7 @@ from energon_fn.errors import StateError, logger
 from energon_fn.lanes import WorkerConfig
 from energon_fn.samples import pin_memory
 from energon_fn.streams import State
-from energon_fn.workers import Local, Pool
+from energon_fn.workers import Local, Pool, PoolOptions
 
 T = TypeVar("T")
 
@@ -31,15 +31,9 @@ class Loader(Generic[T]):
     epoch behind the last batch that was delivered; one that follows an epoch's end is the next.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset[T],
-        prefetch_factor: int,
-        max_worker_restarts: int,
-        multiprocessing_context: str | None,
-    ):
+    def __init__(self, dataset: Dataset[T], options: PoolOptions):
         self.dataset = dataset
-        self._options = prefetch_factor, max_worker_restarts, multiprocessing_context
+        self._options = options
         self._runner: Local | Pool | None = None
         self._restored = 0  # how often
         self._begin(epoch=0)
@@ -73,7 +67,7 @@ class Loader(Generic[T]):
             self._begin(self._epoch + 1)
 
     def restore_sample(self, key: Any) -> Any:
-        """The very sample or batch whose ``__restore_key__`` is ``key``, made again in this process.
+        """The very sample or batch whose ``__restore_key__`` is ``key``, made again here.
 
         See :meth:`energon_fn.Dataset.restore_sample`.
         """
@@ -212,13 +206,8 @@ class Loader(Generic[T]):
         return False
 
     def _make_runner(self) -> Local | Pool:
-        workers = self.dataset.worker_config.num_workers
-        prefetch, restarts, context = self._options
-        if not workers:
-            return Local(self.dataset.lane_stream)
-        return Pool(
-            self.dataset.lane_stream, workers, prefetch=prefetch, restarts=restarts, context=context
-        )
+        streams, workers = self.dataset.lane_stream, self.dataset.worker_config.num_workers
+        return Pool(streams, workers, self._options) if workers else Local(streams)
 
     def close(self) -> None:
         """End the worker processes; iterating starts them again. They also end with the loader."""
@@ -234,6 +223,8 @@ def get_loader(
     prefetch_factor: int = 2,
     max_worker_restarts: int = 3,
     multiprocessing_context: str | None = None,
+    watchdog_timeout_seconds: float | None = 60,
+    fail_on_timeout: bool = False,
 ) -> Loader[T]:
     """A loader for this rank: ``for batch in get_loader(dataset): ...``.
 
@@ -242,6 +233,9 @@ def get_loader(
     max_worker_restarts: a worker that dies is started again where it was, so often in all; then
     :class:`~energon_fn.WorkerError` is raised.
     multiprocessing_context: ``"fork"`` or ``"spawn"``; None takes Python's default.
+    watchdog_timeout_seconds: a worker that has not got on for so long is told of, with the sample,
+    the stage and the Python stack it is in, and started again; None: never.
+    fail_on_timeout: raise :class:`~energon_fn.WorkerError` instead of starting it again.
     """
     if prefetch_factor < 1:
         raise ValueError(f"prefetch_factor is {prefetch_factor}; it must be 1 or more")
@@ -254,7 +248,14 @@ def get_loader(
                     f"worker_config has {getattr(worker_config, name)}: give both the same"
                 )
         dataset = replace(dataset, worker_config=worker_config)
-    return Loader(dataset, prefetch_factor, max_worker_restarts, multiprocessing_context)
+    options = PoolOptions(
+        prefetch=prefetch_factor,
+        restarts=max_worker_restarts,
+        context=multiprocessing_context,
+        watchdog=watchdog_timeout_seconds,
+        fail_on_timeout=fail_on_timeout,
+    )
+    return Loader(dataset, options)
 
 
 get_savable_loader = get_loader

@@ -40,15 +40,16 @@ def edataclass(cls: type[T]) -> type[T]:
 def key_of(item: Any) -> str | None:
     """The key of a sample, or the first and last one of a batch or list; None if there is none.
 
-    >>> key_of(CrudeSample({"__key__": "a"})), key_of([{"__key__": "b"}, {"__key__": "c"}]), key_of(7)
-    ('a', 'b .. c (2)', None)
+    >>> a, b = ({"__key__": key} for key in "ab")
+    >>> key_of(a), key_of([a, b]), key_of(7)
+    ('a', 'a .. b (2)', None)
     """
     if isinstance(item, list | tuple):
-        keys = [key for part in item if (key := key_of(part)) is not None]
+        keys: list[Any] = [key for key in map(key_of, item) if key is not None]
     else:
         found = item if isinstance(item, Mapping) else getattr(item, "__dict__", {})
-        key = found.get("__key__") or found.get("__keys__")
-        keys = list(key) if isinstance(key, list | tuple) else [key]
+        own = found.get("__key__") or found.get("__keys__")
+        keys = list(own) if isinstance(own, list | tuple) else [own]
     if len(keys) > 1:
         return f"{keys[0]} .. {keys[-1]} ({len(keys)})"
     return keys[0] if keys and isinstance(keys[0], str) else None

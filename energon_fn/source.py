@@ -249,8 +249,12 @@ def _places(index: Index, shard: int, keys: frozenset[str], name: str) -> list[i
     for key in sorted(keys):
         found = [place for where, place in index.find_all(key) if where == shard]
         if not found:
-            logger.warning("%s: the excluded sample %s/%s does not exist: check its spelling",
-                           index.root, name, key)
+            logger.warning(
+                "%s: the excluded sample %s/%s does not exist: check its spelling",
+                index.root,
+                name,
+                key,
+            )
         places += found
     return sorted(places)
 

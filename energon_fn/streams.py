@@ -151,6 +151,6 @@ def _diverged(name: str, expected: object, got: object) -> StateError:
     return StateError(
         f"replay diverged in {name}: expected key {expected}, got {got}. A function of that stage "
         "does not give the same for the same samples: it draws random numbers elsewhere than from "
-        "random, NumPy or torch, keeps something between samples, or was changed. Mend it, or begin "
-        'the next epoch with load_state_dict(state, accept=["replay"]).'
+        "random, NumPy or torch, keeps something between samples, or was changed. Mend it, or "
+        'begin the next epoch with load_state_dict(state, accept=["replay"]).'
     )

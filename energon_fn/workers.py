@@ -1,31 +1,35 @@
 """Worker processes: each runs some lanes of a rank and sends their batches in turn.
 
-A worker is told ``(run, epoch, lanes with their states)`` and from then on sends ``(run, delivery)``,
-at most ``prefetch`` ahead of what was received. Since every batch comes with its lane's state, a
-worker that dies is started again behind the last batch that was received from it, and nobody
-notices but the log. The connection is the only tie: when either side is gone, the other sees it
-closed.
+A worker is told ``(run, epoch, lanes with their states)`` and from then on sends ``(run,
+delivery)``, at most ``prefetch`` ahead of what was received. Since every batch comes with its
+lane's state, a worker that dies is started again behind the last batch that was received from it,
+and nobody notices but the log. The connection is the only tie: when either side is gone, the other
+sees it closed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import signal
+import sys
+import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from socket import socket, socketpair
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from energon_fn import seeds, wire
+from energon_fn import position, seeds, wire
 from energon_fn.errors import WorkerError, logger
+from energon_fn.guard import describe
 from energon_fn.streams import State, Stream
 
 Streams = Callable[[int, int], Stream[Any]]
@@ -77,20 +81,37 @@ class Local:
         """Nothing to end."""
 
 
+@dataclass(frozen=True)
+class PoolOptions:
+    """How workers are run; see :func:`~energon_fn.get_loader`."""
+
+    prefetch: int = 2
+    """Batches that each worker makes ahead."""
+    restarts: int = 3
+    """How many deaths in all are made good."""
+    context: str | None = None
+    """How processes are started."""
+    watchdog: float | None = 60
+    """Seconds in which a worker must get on with something."""
+    fail_on_timeout: bool = False
+    """Raise for one that does not, instead of starting it again."""
+
+
+class Worker(NamedTuple):
+    """A worker process, and this side of its connections: one for work, one for questions."""
+
+    process: BaseProcess
+    work: socket
+    questions: socket
+
+
 class Pool:
-    """The workers of one rank.
+    """The workers of one rank: ``count`` processes."""
 
-    count: how many. prefetch: batches that each makes ahead. restarts: how many deaths in all are
-    made good before :class:`~energon_fn.WorkerError` is raised. context: how processes are started,
-    ``"fork"`` or ``"spawn"``; None takes Python's default.
-    """
-
-    def __init__(
-        self, streams: Streams, count: int, *, prefetch: int, restarts: int, context: str | None
-    ):
-        self._make: Callable[[], tuple[BaseProcess, socket]] = lambda: _start(streams, prefetch, context)
-        self._workers = [self._make() for _ in range(count)]
-        self._restarts = restarts
+    def __init__(self, streams: Streams, count: int, options: PoolOptions):
+        self._streams, self._options = streams, options
+        self._workers = [_start(streams, options) for _ in range(count)]
+        self._restarts = options.restarts
         self._run = 0
         self.close: Callable[[], Any] = weakref.finalize(self, _stop, self._workers)
         """End the workers; this also happens when the pool, or the process, goes."""
@@ -105,19 +126,20 @@ class Pool:
         self._run += 1
         self._epoch, self._lanes = epoch, lanes
         self._worker_of = {lane: turn % len(self._workers) for turn, lane in enumerate(lanes)}
-        for worker in range(len(self._workers)):
-            self._command(worker)
+        for number in range(len(self._workers)):
+            self._command(number)
 
     def receive(self) -> Delivery:
         """The next delivery. Raises what the lane's functions raised."""
         while True:
-            worker = self._worker_of[next(iter(self._lanes))]
-            connection = self._workers[worker][1]
+            number = self._worker_of[next(iter(self._lanes))]
+            worker = self._workers[number]
+            self._wait(number)
             try:
-                run, message = wire.receive(connection)
-                wire.send(connection, READY)
+                run, message = wire.receive(worker.work)
+                wire.send(worker.work, READY)
             except (EOFError, ConnectionError):
-                self._restart(worker)
+                self._restart(number)
                 continue
             if run != self._run:
                 continue
@@ -126,50 +148,98 @@ class Pool:
             delivery: Delivery = message
             return delivery
 
-    def _command(self, worker: int) -> None:
-        lanes = {lane: s for lane, s in self._lanes.items() if self._worker_of[lane] == worker}
-        with contextlib.suppress(ConnectionError):  # then receiving will fail, and restart it
-            wire.send(self._workers[worker][1], (self._run, self._epoch, lanes))
+    def _wait(self, number: int) -> None:
+        """Wait for the worker to send something; if it hangs, end it."""
+        worker, seconds, steps = self._workers[number], self._options.watchdog, -1
+        while not multiprocessing.connection.wait([worker.work], seconds):
+            status = _ask(worker)
+            if status.get("steps", steps) != steps:
+                steps = status["steps"]
+                continue
+            report = (
+                f"worker {number} (process {worker.process.pid}) has not got on for {seconds} "
+                f"seconds. It is in {status.get('stage', 'code that does not answer')} of "
+                f"{status.get('item', 'an unknown sample')}:\n{status.get('stack', '')}"
+                "watchdog_timeout_seconds sets how long a step may take."
+            )
+            if self._options.fail_on_timeout:
+                raise WorkerError(report)
+            logger.error(report)
+            worker.process.kill()
 
-    def _restart(self, worker: int) -> None:
-        process, connection = self._workers[worker]
-        connection.close()
-        process.join()
+    def _command(self, number: int) -> None:
+        lanes = {lane: s for lane, s in self._lanes.items() if self._worker_of[lane] == number}
+        with contextlib.suppress(ConnectionError):  # then receiving will fail, and restart it
+            wire.send(self._workers[number].work, (self._run, self._epoch, lanes))
+
+    def _restart(self, number: int) -> None:
+        process = self._workers[number].process
+        process.join(5)  # its connection ends a little before it does
+        _stop([self._workers[number]])
         code = process.exitcode or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         if not self._restarts:
             raise WorkerError(
-                f"worker {worker} (process {process.pid}) {how} and no restarts are left. If it "
+                f"worker {number} (process {process.pid}) {how} and no restarts are left. If it "
                 "ran out of memory, take fewer workers or a smaller prefetch_factor or "
                 "packing_buffer_size; max_worker_restarts sets how many deaths are made good."
             )
         self._restarts -= 1
         logger.warning(
-            f"worker {worker} (process {process.pid}) {how}; it is started again where it was "
+            f"worker {number} (process {process.pid}) {how}; it is started again where it was "
             f"({self._restarts} restarts left)"
         )
-        self._workers[worker] = self._make()
-        self._command(worker)
+        self._workers[number] = _start(self._streams, self._options)
+        self._command(number)
 
 
-def _start(streams: Streams, prefetch: int, context: str | None) -> tuple[BaseProcess, socket]:
-    ours, theirs = socketpair()
-    _ours.add(ours)
-    make: Any = multiprocessing.get_context(context)
+def _start(streams: Streams, options: PoolOptions) -> Worker:
+    ours, theirs = zip(*(socketpair() for _ in range(2)), strict=True)
+    _ours.update(ours)
+    make: Any = multiprocessing.get_context(options.context)
     process: BaseProcess = make.Process(
-        target=_work, args=(theirs, streams, prefetch), name="energon_fn worker", daemon=True
+        target=_work,
+        args=(*theirs, streams, options.prefetch),
+        name="energon_fn worker",
+        daemon=True,
     )
     process.start()
-    theirs.close()
-    return process, ours
-
-
-def _stop(workers: list[tuple[BaseProcess, socket]]) -> None:
-    for process, connection in workers:
+    for connection in theirs:
         connection.close()
-        process.terminate()
-    for process, _ in workers:
-        process.join()
+    return Worker(process, *ours)
+
+
+def _stop(workers: list[Worker]) -> None:
+    for worker in workers:
+        worker.work.close()
+        worker.questions.close()
+    for worker in workers:
+        worker.process.join(0.05)  # one that waits sees its connection closed, and ends
+        worker.process.kill()
+        worker.process.join()
+
+
+def _ask(worker: Worker) -> dict[str, Any]:
+    """What a worker is doing; nothing if it does not answer."""
+    worker.questions.settimeout(5)
+    try:
+        wire.send(worker.questions, READY)
+        answer: dict[str, Any] = wire.receive(worker.questions)
+    except (EOFError, OSError):
+        return {}
+    return answer
+
+
+def _answer(questions: socket, thread: int) -> None:
+    """Tell what this worker is doing in ``thread``, whenever asked."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            wire.receive(questions)
+            here = position.here
+            stack = "".join(traceback.format_stack(sys._current_frames()[thread]))
+            item = here.item if here.stage == "load" else describe(here.item)
+            answer = {"steps": here.steps, "stage": here.stage, "item": str(item), "stack": stack}
+            wire.send(questions, answer)
 
 
 _ours: weakref.WeakSet[socket] = weakref.WeakSet()
@@ -184,8 +254,10 @@ def _close_inherited() -> None:
 os.register_at_fork(after_in_child=_close_inherited)
 
 
-def _work(connection: socket, streams: Streams, prefetch: int) -> None:
+def _work(connection: socket, questions: socket, streams: Streams, prefetch: int) -> None:
     """What a worker process does until its connection is closed."""
+    asked = threading.Thread(target=_answer, args=(questions, threading.get_ident()), daemon=True)
+    asked.start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, ConnectionError):

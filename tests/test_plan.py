@@ -1,6 +1,6 @@
 """The plan: every sample once, from any position, mixed as asked."""
 
-from itertools import islice
+from itertools import islice, pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,7 +66,7 @@ def test_fewer_samples_than_lanes_come_to_every_lane_in_time() -> None:
 def test_sequences_stay_together_and_are_permuted() -> None:
     plan = Plan(runs=(40, 37), shuffle=True, sequence=8)
     order = [index for (_, index), _ in keys(plan, 0)]
-    steps = [b - a for a, b in zip(order, order[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(order)]
     assert steps.count(1) >= 77 - 10  # ten sequences: 5 + 5, in each of which neighbours follow
     assert order != sorted(order)
 

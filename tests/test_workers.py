@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from energon_fn import (
     get_val_dataset,
     reraise_exception,
 )
-from energon_fn.workers import Local, Pool, deliveries
+from energon_fn.workers import Local, Pool, PoolOptions, deliveries
 
 HERE = Path(__file__).parent
 
@@ -164,9 +165,7 @@ def test_any_number_of_workers_delivers_the_lanes_in_turn(
     streams = Lanes(3, 0, 5, 1, 4)
     lanes = dict(start) or dict.fromkeys(range(5))
     expected = [item.batch for item in deliveries(streams, 0, dict(lanes))]
-    runner = (
-        Pool(streams, workers, prefetch=2, restarts=0, context=None) if workers else Local(streams)
-    )
+    runner = Pool(streams, workers, PoolOptions(restarts=0)) if workers else Local(streams)
     runner.start(0, lanes)
     found = []
     while lanes:
@@ -259,6 +258,46 @@ def test_spawned_workers_do_the_same(folder: Path) -> None:
     loader = train(folder, 2, multiprocessing_context="spawn")
     expected = list(itertools.islice(train(folder, 0), 12))
     assert list(itertools.islice(loader, 12)) == expected
+
+
+class Sleeping(Numbers):
+    """Hangs at the 30th sample as long as there is a marker to remove; is slow but gets on."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def encode_sample(self, sample: Any) -> tuple[int, float]:
+        time.sleep(0.05)
+        if sample["json"]["n"] == 30 and self.marker.exists():
+            self.marker.unlink()
+            time.sleep(600)  # hangs here
+        return super().encode_sample(sample)
+
+    def batch(self, samples: list[Any]) -> list[Any]:
+        return samples
+
+
+def test_a_worker_that_hangs_is_asked_why_and_started_again(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "marker").touch()
+    dataset = val(folder, 1, Sleeping(tmp_path / "marker")).dataset
+    loader = get_loader(replace(dataset, batch_size=40), watchdog_timeout_seconds=1)
+    found = list(loader)  # a batch takes more than a second: slow, but it gets on
+    assert sorted(n for batch in found for n, _ in batch) == list(range(100))
+    for said in ("encode_sample", "sample 00030", "time.sleep(600)  # hangs here", "restarts left"):
+        assert said in caplog.text
+    assert caplog.text.count("has not got on") == 1
+
+
+def test_a_worker_that_hangs_can_end_the_run_instead(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "marker").touch()
+    dataset = val(folder, 2, Sleeping(tmp_path / "marker")).dataset
+    loader = get_loader(dataset, watchdog_timeout_seconds=0.5, fail_on_timeout=True)
+    before = children()
+    with pytest.raises(WorkerError, match="encode_sample of sample 00030"):
+        list(loader)
+    assert children() <= before
 
 
 class Counting(Numbers):
