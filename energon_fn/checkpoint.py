@@ -17,9 +17,16 @@ are merged into one, and any number of ranks that the lanes can be shared out to
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import io
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from energon_fn import files
 from energon_fn.errors import StateError
 
 VERSION = 1
@@ -126,6 +133,47 @@ def redistribute(states: Iterable[State], world_size: int) -> list[State]:
         }
         for lanes in ranks
     ]
+
+
+def read_state(path: str | PathLike[str]) -> State:
+    """The state in a file: JSON (``*.json``) or ``torch.save``'s, alone or in a larger checkpoint.
+
+    Raises :class:`~energon_fn.StateError` if there is none, or more than one.
+    """
+    path, data = Path(path), files.read_bytes(path)
+    try:
+        if path.suffix == ".json":
+            content = json.loads(data)
+        else:
+            content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise StateError(
+            f"{path} cannot be read: {error}. It must be JSON (*.json) or written by torch.save, "
+            "and hold plain data and tensors only."
+        ) from error
+    found = list(_states_in(content))
+    if len(found) != 1:
+        raise StateError(f"{path} holds {len(found)} states of loaders; give a file with one")
+    return found[0]
+
+
+def _states_in(content: Any) -> Iterator[State]:
+    if isinstance(content, dict):
+        if {"version", "fingerprint", "lanes"} <= content.keys():
+            yield content
+        else:
+            for part in content.values():
+                yield from _states_in(part)
+
+
+def write_state(path: str | PathLike[str], state: State) -> None:
+    """Write a state as JSON (``*.json``) or as ``torch.save`` does, whole or not at all."""
+    file = io.BytesIO()
+    if Path(path).suffix == ".json":
+        file.write(json.dumps(state).encode())
+    else:
+        torch.save(state, file)
+    files.write_atomic(path, file.getvalue())
 
 
 def check_version(state: Any) -> None:

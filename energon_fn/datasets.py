@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from inspect import isgeneratorfunction
 from itertools import islice
-from typing import Any, Generic, SupportsIndex, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from toolz import pipe
 
@@ -18,7 +18,7 @@ from energon_fn.collation import collate
 from energon_fn.decoding import decoder as make_decoder
 from energon_fn.errors import DatasetError
 from energon_fn.guard import bookkeeping, guarded
-from energon_fn.lanes import WorkerConfig, default_worker_config
+from energon_fn.lanes import WorkerConfig, default_worker_config, whole
 from energon_fn.samples import CrudeSample
 from energon_fn.source import Source, open_source
 from energon_fn.streams import State, Stream, holding, resumable
@@ -329,11 +329,9 @@ def get_train_dataset(
     virtual_epoch_length: batches of one iteration on each rank; 0: no end, or the dataset's.
     The other options are those of :func:`get_dataset`.
     """
-    if not isinstance(virtual_epoch_length, SupportsIndex) or virtual_epoch_length < 0:
-        raise ValueError(
-            f"virtual_epoch_length is {virtual_epoch_length!r}; it must be a number of batches, or "
-            "0 to switch it off"
-        )
+    virtual_epoch_length = whole(
+        "virtual_epoch_length", virtual_epoch_length, 0, otherwise=", 0 to switch it off"
+    )
     return get_dataset(
         path,
         split_part=split_part,
@@ -407,19 +405,15 @@ def get_dataset(
     Raises :class:`~energon_fn.DatasetError` for what is wrong with the dataset and ``ValueError``
     or ``TypeError`` for what is wrong with the arguments.
     """
-    sizes = {
-        "batch_size": batch_size,
-        "shuffle_buffer_size": shuffle_buffer_size,
-        "max_samples_per_sequence": max_samples_per_sequence,
-        "packing_buffer_size": packing_buffer_size,
-        "limit": length,
-    }
-    for name, size in sizes.items():
-        if size is not None and (not isinstance(size, SupportsIndex) or size < 1):
-            raise ValueError(
-                f"{name} is {size!r}; it must be a whole number of 1 or more, or None to switch it "
-                "off"
-            )
+
+    def size(name: str, given: int | None) -> int | None:
+        return given if given is None else whole(name, given, 1, ", or None to switch it off")
+
+    batch_size = size("batch_size", batch_size)
+    shuffle_buffer_size = size("shuffle_buffer_size", shuffle_buffer_size)
+    max_samples_per_sequence = size("max_samples_per_sequence", max_samples_per_sequence)
+    packing_buffer_size = size("packing_buffer_size", packing_buffer_size)
+    length = size("limit", length)
     if not isinstance(path, str | os.PathLike):
         raise TypeError(
             f"path is {path!r}; it must be one string or pathlib.Path: a folder, a file, or a "

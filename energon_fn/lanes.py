@@ -9,11 +9,27 @@ deliver. So what is delivered, and in which order, does not depend on how many w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 
 from energon_fn.errors import ErrorHandler, log_exception
+
+
+def whole(name: str, number: Any, least: int | None = None, otherwise: str = "") -> int:
+    """A whole number, also one of NumPy's, as the int that orders and seeds are computed from.
+
+    Raises ValueError for anything else, and for what is below ``least``.
+
+    >>> whole("batch_size", 2.5, least=1, otherwise=", or None to switch it off")
+    Traceback (most recent call last):
+        ...
+    ValueError: batch_size is 2.5; it must be 1 or more, a whole number, or None to switch it off
+    """
+    if isinstance(number, SupportsIndex) and (least is None or number.__index__() >= least):
+        return int(number.__index__())
+    bound = "" if least is None else f"{least} or more, "
+    raise ValueError(f"{name} is {number!r}; it must be {bound}a whole number{otherwise}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +59,9 @@ class WorkerConfig:
     failure_tolerance: int = 100
 
     def __post_init__(self) -> None:
-        for name, smallest in (("world_size", 1), ("num_workers", 0), ("failure_tolerance", 1)):
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be {smallest} or more")
+        least = {"world_size": 1, "num_workers": 0, "failure_tolerance": 1}
+        for name in (*least, "rank", "seed_offset", *(["lanes"] if self.lanes is not None else [])):
+            object.__setattr__(self, name, whole(name, getattr(self, name), least.get(name)))
         if not 0 <= self.rank < self.world_size:
             raise ValueError(
                 f"rank is {self.rank}; with world_size {self.world_size} it must be "

@@ -20,7 +20,8 @@ from fcntl import ioctl
 from pathlib import Path
 from typing import NamedTuple
 
-from energon_fn import cli, commands  # noqa: F401  # commands: imported before forking
+from energon_fn import cli
+from energon_fn.cli import commands  # noqa: F401  # commands: imported before forking
 
 REPOSITORY = Path(__file__).parent.parent
 

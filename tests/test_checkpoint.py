@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_loader import Drawing, Grouping, Numbers, Packing, Skipping, train, val
 
-from energon_fn import StateError, WorkerConfig, checkpoint
+from energon_fn import DatasetError, StateError, WorkerConfig, checkpoint, cli
 
 ENCODERS = [Numbers, Skipping, Drawing, Packing, Grouping]
 
@@ -275,3 +275,47 @@ def test_validation_can_be_gone_on_with_too(folder: Path) -> None:
         again.load_state_dict(loader.state_dict())
         assert list(again) == whole[stop:]
         assert list(loader) == whole[stop:]
+
+
+def test_files_are_read_alone_or_inside_of_a_training_checkpoint(
+    folder: Path, tmp_path: Path
+) -> None:
+    loader = make(folder)
+    next(iter(loader))
+    state = loader.state_dict()
+    for name in ("state.json", "state.pt"):
+        checkpoint.write_state(tmp_path / name, state)
+        assert checkpoint.read_state(tmp_path / name) == state
+    torch.save({"model": {"w": torch.zeros(3)}, "loader": state}, tmp_path / "whole.pt")
+    assert checkpoint.read_state(tmp_path / "whole.pt") == state
+    torch.save({"model": {"w": torch.zeros(3)}}, tmp_path / "none.pt")
+    with pytest.raises(StateError, match=r"none\.pt holds 0 states"):
+        checkpoint.read_state(tmp_path / "none.pt")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(StateError, match=r"broken\.json cannot be read"):
+        checkpoint.read_state(tmp_path / "broken.json")
+    with pytest.raises(DatasetError, match=r"missing\.pt"):
+        checkpoint.read_state(tmp_path / "missing.pt")
+
+
+def test_the_command_hands_states_out_to_another_number_of_ranks(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaders = [make(folder, layout=config(rank=rank, world_size=2)) for rank in range(2)]
+    steps(loaders, 3)
+    names = [str(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name, loader in zip(names, loaders, strict=True):
+        checkpoint.write_state(name, loader.state_dict())
+    assert cli.main(["checkpoint", "info", *names]) == 0
+    assert "3 batches delivered to each of 2 ranks" in capsys.readouterr().out
+    out = tmp_path / "out"
+    redist = ["checkpoint", "redist", *names, "--new-world-size"]
+    assert cli.main([*redist, "4", str(out)]) == 0
+    four = [make(folder, layout=config(rank=rank, world_size=4)) for rank in range(4)]
+    for rank, loader in enumerate(four):
+        loader.load_state_dict(checkpoint.read_state(out / f"rank_{rank:05d}.pt"))
+    whole = list(itertools.islice(make(folder), 10))
+    assert sorted(map(str, steps(four, 1)[0])) == sorted(map(str, whole[6:]))
+    assert cli.main([*redist, "3", str(out)]) == 2
+    assert "cannot be shared out evenly to 3 ranks; 1, 2, 4 ranks" in capsys.readouterr().err
+    assert cli.main(["checkpoint", "info", names[0]]) == 0

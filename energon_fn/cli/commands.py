@@ -20,8 +20,20 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from energon_fn import assistant, files, metadata
+from energon_fn import files, metadata
 from energon_fn.braces import collapse_braces
+from energon_fn.checkpoint import describe as describe_state
+from energon_fn.checkpoint import merge, read_state, redistribute, write_state
+from energon_fn.cli import assistant
+from energon_fn.cli.terminal import (
+    can_draw,
+    columns,
+    describe,
+    half_blocks,
+    one_line,
+    picture_of,
+    size,
+)
 from energon_fn.decoding import decoder
 from energon_fn.demo import run_demo
 from energon_fn.errors import DatasetError, SampleError, logger
@@ -32,15 +44,6 @@ from energon_fn.lint import lint as bad_samples_of
 from energon_fn.prepare import prepare_dataset, write_dataset_yaml
 from energon_fn.sheet import contact_sheet
 from energon_fn.source import Source, open_source
-from energon_fn.terminal import (
-    can_draw,
-    columns,
-    describe,
-    half_blocks,
-    one_line,
-    picture_of,
-    size,
-)
 
 BAD, ERROR = 1, 2
 
@@ -538,4 +541,22 @@ def _write_sheet(path: str, cells: list[tuple[Any, str]]) -> None:
 
 def demo(args: argparse.Namespace) -> int:
     run_demo(args.folder)
+    return 0
+
+
+# -------------------------------------------------------------------------------------- checkpoint
+
+
+def checkpoint(args: argparse.Namespace) -> int:
+    """Show or redistribute the states in ``args.files``."""
+    states = [read_state(file) for file in args.files]
+    if args.action == "info":
+        print(describe_state(merge(states)))
+        return 0
+    world_size, out = int(args.new_world_size[0]), Path(args.new_world_size[1])
+    ranks, suffix = redistribute(states, world_size), Path(args.files[0]).suffix
+    out.mkdir(parents=True, exist_ok=True)
+    for rank, state in enumerate(ranks):
+        write_state(out / f"rank_{rank:05d}{suffix}", state)
+    print(f"{len(ranks)} states are in {out}: rank r loads {out}/rank_0000r{suffix}")
     return 0

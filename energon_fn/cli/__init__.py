@@ -1,7 +1,6 @@
 """The console script ``energon-fn``: its options, and how it ends.
 
-What the commands do is in :mod:`energon_fn.commands`, which is imported when one is run: ``--help``
-need not wait for torch.
+What the commands do is in :mod:`energon_fn.cli.commands`, which is imported when one is run.
 """
 
 from __future__ import annotations
@@ -49,8 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     """Run the command; what is wrong with data and arguments is said in one line."""
-    from energon_fn import commands
-    from energon_fn.errors import DatasetError, FatalSampleError, SampleError
+    from energon_fn.cli import commands
+    from energon_fn.errors import (
+        DatasetError,
+        FatalSampleError,
+        SampleError,
+        StateError,
+        WorkerError,
+    )
 
     # A walk of a large tar ends at once; loader processes end in order, told by this one.
     _set_up_process(signal.SIG_DFL if args.command == "prepare" else signal.SIG_IGN)
@@ -59,7 +64,15 @@ def _run(args: argparse.Namespace) -> int:
         return status
     except BrokenPipeError:
         raise
-    except (DatasetError, FatalSampleError, SampleError, ValueError, OSError) as error:
+    except (
+        DatasetError,
+        FatalSampleError,
+        SampleError,
+        StateError,
+        WorkerError,
+        ValueError,
+        OSError,
+    ) as error:
         print("error: " + re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr)
         return ERROR
 
@@ -226,6 +239,25 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         default="energon_fn_demo",
         help="where to (./energon_fn_demo)",
+    )
+    checkpoint = command(
+        "checkpoint",
+        "Look into saved states of loaders, or hand them out to another number of ranks.",
+        "  energon-fn checkpoint info step_1000.pt\n"
+        "  energon-fn checkpoint redist rank_*.pt --new-world-size 16 redistributed",
+    ).add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, help in (
+        ("info", "what is in the states, merged"),
+        ("redist", "write a file for each rank of another number of ranks"),
+    ):
+        sub = checkpoint.add_parser(name, help=help, description=help, allow_abbrev=False)
+        sub.add_argument("files", metavar="FILE", nargs="+", help="the states of all ranks")
+    sub.add_argument(
+        "--new-world-size",
+        metavar=("N", "OUT"),
+        nargs=2,
+        required=True,
+        help="how many ranks, and the folder to write rank_00000.* and so on to",
     )
     return parser
 

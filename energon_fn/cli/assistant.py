@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from energon_fn import files
+from energon_fn.cli.terminal import columns, describe, one_line, shorten
 from energon_fn.decoding import decode_part
 from energon_fn.errors import DatasetError, SampleError
 from energon_fn.fields import (
@@ -29,7 +30,6 @@ from energon_fn.fields import (
 from energon_fn.index import index_shard
 from energon_fn.prepare import guess_field_map, split_by_ratio
 from energon_fn.samples import BOOKKEEPING, SAMPLE_TYPES
-from energon_fn.terminal import columns, describe, one_line, shorten
 
 T = TypeVar("T")
 Ratio = list[tuple[str, float]]
