@@ -113,7 +113,7 @@ def redistribute(states: Iterable[State], world_size: int) -> list[State]:
     """
     whole = merge(states)
     count = whole["fingerprint"]["lanes"]
-    if count % world_size:
+    if world_size < 1 or count % world_size:
         fitting = [n for n in range(1, count + 1) if count % n == 0]
         near = sorted(fitting, key=lambda n: abs(n - world_size))[:3]
         raise StateError(

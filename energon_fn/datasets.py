@@ -77,6 +77,22 @@ class Dataset(Generic[T]):
 
         return stream
 
+    def lane_state(self, lane: int, given: int) -> State:
+        """The state of a lane that has given so many batches, if no sample is left out or multiplied.
+
+        Raises TypeError where the plan does not tell: the dataset ends, packs, groups or has
+        functions that are generators.
+        """
+        if not self.plan.repeat or self._count(0) is None:
+            raise TypeError(
+                "the plan alone does not tell where a batch begins: the dataset does not repeat, or "
+                "it packs, groups or multiplies samples. Seek with exact=True, which goes through "
+                "all that comes before."
+            )
+        at = plan.state_after(self.plan, lane, given * (self.batch_size or 1))
+        state: State = (at, 0, None)
+        return (state if self.batch_size is None else (state, 0, None)), given
+
     def restore_sample(self, key: Any) -> Any:
         """The very sample or batch whose ``__restore_key__`` is ``key``, made again.
 

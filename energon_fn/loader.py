@@ -66,6 +66,28 @@ class Loader(Generic[T]):
         if not (virtual and self._delivered == length):
             self._begin(self._epoch + 1)
 
+    def seek(self, n: int, *, exact: bool = True) -> None:
+        """Go to global batch ``n``, counted from the very beginning over all ranks.
+
+        exact: go through all that comes before, since functions may skip samples. ``exact=False``
+        takes the plan's word for it, which is immediate and right if no sample is left out.
+        """
+        if n < 0:
+            raise ValueError(f"cannot seek to batch {n}: it must be 0 or more")
+        config, count = self.dataset.worker_config, self.dataset.plan.lanes
+        given = {lane: (n - lane + count - 1) // count for lane in config.rank_lanes}
+        self._restored += 1
+        self._begin(epoch=0)
+        if exact:
+            for _ in range(sum(given.values())):
+                if not self._advance():
+                    raise ValueError(f"cannot seek to batch {n}: the first epoch ends before it")
+        else:
+            by_turn = sorted(given, key=lambda lane: (given[lane], lane))
+            self._lanes = {lane: self.dataset.lane_state(lane, given[lane]) for lane in by_turn}
+        delivered = n // config.world_size
+        self._delivered = delivered % (self.dataset.length or delivered + 1)
+
     def restore_sample(self, key: Any) -> Any:
         """The very sample or batch whose ``__restore_key__`` is ``key``, made again here.
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +89,21 @@ def lane_size(plan: Plan, epoch: int, lane: int) -> int:
     rounds, rest = divmod(total, plan.lanes * plan.block)
     lane = _dealt(plan, epoch, lane)
     return rounds * plan.block + min(max(rest - lane * plan.block, 0), plan.block)
+
+
+def state_after(plan: Plan, lane: int, count: int) -> State:
+    """The state of a repeating plan's lane after ``count`` keys, without making them.
+
+    >>> plan = Plan(runs=(5,), lanes=2, shuffle=True, repeat=True)
+    >>> [state for _, state in islice(keys(plan, lane=1), 7)][-1] == state_after(plan, 1, 7)
+    True
+    """
+    # A whole round, in which the lane has every share once, has every sample once.
+    rounds, count = divmod(count, max(len(plan), 1)) if plan.shuffle else (0, count)
+    epoch = rounds * plan.lanes
+    while count > (size := lane_size(plan, epoch, lane)):
+        epoch, count = epoch + 1, count - size
+    return epoch, count
 
 
 def _share(plan: Plan, epoch: int, lane: int) -> tuple[int, int]:

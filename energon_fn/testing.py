@@ -167,7 +167,7 @@ def check_resume(
             done = max(number for number in saved[here] if number <= point)
             how = f"saved after {done} batches with {_named(here)}, resumed with {_named(there)}"
             walk(there, min(2 * lanes, batches - done), how, saved[here][done])
-        done, state = min(saved[reference].items())
+        done, state = sorted(saved[reference].items())[:2][-1]
         turns, not_tried = _in_new_interpreter(make((1, 0))[0], batches - done, state)
         for turn in turns:
             how = f"saved after {done} batches, resumed in a new interpreter"
@@ -217,17 +217,21 @@ def difference(was: Any, now: Any, path: str = "batch") -> str | None:
 
 def _attributes(thing: Any) -> list[str] | None:
     """The attributes to compare; None of what compares itself."""
-    fields = dataclasses.fields(thing) if dataclasses.is_dataclass(thing) else ()
-    if fields or (type(thing).__eq__ is object.__eq__ and hasattr(thing, "__dict__")):
-        own = getattr(thing, "__dict__", ())
-        return list(dict.fromkeys([*(field.name for field in fields), *own]))
-    return None
+    equals: object = type(thing).__eq__
+    if dataclasses.is_dataclass(thing):
+        names = [field.name for field in dataclasses.fields(thing)]
+    elif equals is object.__eq__ and hasattr(thing, "__dict__"):
+        names = []
+    else:
+        return None
+    return list(dict.fromkeys([*names, *getattr(thing, "__dict__", ())]))
 
 
 def _in_array(was: Any, now: Any, path: str) -> str | None:
     kinds = [f"{array.dtype} of shape {tuple(array.shape)}" for array in (was, now)]
     if kinds[0] != kinds[1]:
         return f"{path} is {kinds[1]}, was {kinds[0]}"
+    flat: list[Any]
     if isinstance(was, torch.Tensor):
         flat = [a.detach().cpu().resolve_conj().resolve_neg().reshape(-1) for a in (was, now)]
         raw = [array.contiguous().view(torch.uint8).numpy() for array in flat]
@@ -306,9 +310,7 @@ class _Call:
     hint: str
 
 
-def _culprit(
-    make: Callable[[], Loader[Any]], place: Place, state: Any, length: int
-) -> str | None:
+def _culprit(make: Callable[[], Loader[Any]], place: Place, state: Any, length: int) -> str | None:
     """Which function does not do the same again, on the ways to ``place`` from two beginnings.
 
     One way is that of all lanes from the start, the other that of the lane alone from the state.

@@ -135,6 +135,47 @@ def test_indices_count_what_is_delivered_over_all_lanes(folder: Path, workers: i
     assert {index % 3 for index in by_lane[1]} == {1}
 
 
+@pytest.mark.parametrize("encoder", [Encoder, Packing, Grouping])
+@pytest.mark.parametrize("options", [{}, {"virtual_epoch_length": 5}])
+def test_seeking_goes_to_any_batch(folder: Path, encoder: type, options: dict[str, Any]) -> None:
+    def stream(loader: Any) -> Iterator[Any]:
+        while True:
+            yield from ((batch.numbers.tolist(), loader.state_dict()) for batch in loader)
+
+    whole = list(itertools.islice(stream(make(folder, encoder(), **options)), 16))
+    loader = make(folder, encoder(), **options)
+    for n in (7, 0, 1, 12, 5, 10):
+        loader.seek(n)
+        assert list(itertools.islice(stream(loader), 4)) == whole[n : n + 4]
+
+
+@pytest.mark.parametrize("batch_size", [4, None])
+def test_seeking_by_the_plan_is_right_where_nothing_is_left_out(
+    folder: Path, batch_size: int | None
+) -> None:
+    class Plain(DefaultTaskEncoder[Any, Any, Any, Any]):
+        def encode_sample(self, sample: Any) -> Any:
+            return CrudeSample(sample, draw=random.random())
+
+    def make_plain() -> Any:
+        return make(folder, Plain(), batch_size=batch_size)
+
+    def look(batches: Any) -> list[Any]:
+        return [(batch["__key__"], batch["draw"]) for batch in batches]
+
+    whole = look(itertools.islice(make_plain(), 100))
+    loader = make_plain()
+    for n in (3, 97, 0, 31, 64):
+        loader.seek(n, exact=False)
+        assert look(itertools.islice(loader, 3)) == whole[n : n + 3]
+    with pytest.raises(TypeError, match="exact=True"):
+        make(folder, Packing()).seek(3, exact=False)
+    with pytest.raises(ValueError, match="cannot seek to batch -1"):
+        loader.seek(-1)
+    with pytest.raises(ValueError, match="the first epoch ends before it"):
+        make(folder, Plain(), repeat=False).seek(1000)
+
+
 class Counting(DefaultTaskEncoder[Any, Any, Any, Any]):
     """Leaves out every third sample that it sees: what it gives depends on what it gave before."""
 

@@ -1,9 +1,11 @@
 """Workers that are killed, exit, fail, or are left: the stream goes on, and nobody stays behind."""
 
+import gc
 import itertools
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -352,3 +354,29 @@ def test_nobody_outlives_the_training_process(folder: Path, how: signal.Signals)
     if how == signal.SIGINT:
         assert said.rstrip().endswith("KeyboardInterrupt")
         assert said.count("Traceback") == 1
+
+
+def test_saving_and_resuming_again_and_again_leaves_nothing_behind(folder: Path) -> None:
+    def round_trip(state: Any) -> Any:
+        loader = train(folder, 2)
+        if state is not None:
+            loader.load_state_dict(state)
+        for _ in itertools.islice(loader, 3):
+            state = loader.state_dict()
+        return state
+
+    def held() -> tuple[int, int, int]:
+        gc.collect()
+        descriptors = len(os.listdir("/proc/self/fd"))
+        return descriptors, len(children()), len(gc.get_objects())
+
+    state = None
+    for _ in range(5):
+        state = round_trip(state)
+    before, memory = held(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(60):
+        state = round_trip(state)
+    after = held()
+    assert after[:2] == before[:2]
+    assert after[2] < before[2] + 2000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < memory + 20_000  # kB
