@@ -78,15 +78,15 @@ class Dataset(Generic[T]):
         return stream
 
     def lane_state(self, lane: int, given: int) -> State:
-        """The state of a lane that has given so many batches, if no sample is left out or multiplied.
+        """The state of a lane that has given so many batches, if each sample made one item.
 
         Raises TypeError where the plan does not tell: the dataset ends, packs, groups or has
         functions that are generators.
         """
         if not self.plan.repeat or self._count(0) is None:
             raise TypeError(
-                "the plan alone does not tell where a batch begins: the dataset does not repeat, or "
-                "it packs, groups or multiplies samples. Seek with exact=True, which goes through "
+                "the plan alone does not tell where a batch begins: the dataset does not repeat, "
+                "or it packs, groups or multiplies samples. Seek with exact=True, which goes through "
                 "all that comes before."
             )
         at = plan.state_after(self.plan, lane, given * (self.batch_size or 1))

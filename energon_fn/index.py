@@ -37,6 +37,7 @@ import io
 import multiprocessing
 import os
 import re
+import signal
 import sqlite3
 import struct
 import sys
@@ -237,7 +238,12 @@ def index_shards(
         and not multiprocessing.current_process().daemon
     )
     pool: Executor = (
-        ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
+        ProcessPoolExecutor(
+            workers,
+            mp_context=multiprocessing.get_context("fork"),
+            initializer=signal.signal,  # Ctrl-C ends them; it is this process that tells of it
+            initargs=(signal.SIGINT, signal.SIG_DFL),
+        )
         if may_fork
         else ThreadPoolExecutor(workers)
     )

@@ -8,12 +8,13 @@ deliver. So what is delivered, and in which order, does not depend on how many w
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
 import torch
 
-from energon_fn.errors import ErrorHandler, log_exception
+from energon_fn.errors import ErrorHandler, log_exception, logger
 
 
 def whole(name: str, number: Any, least: int | None = None, otherwise: str = "") -> int:
@@ -76,7 +77,11 @@ class WorkerConfig:
 
     @classmethod
     def default_worker_config(
-        cls, num_workers: int = 4, data_parallel_group: Any = None
+        cls,
+        num_workers: int = 4,
+        data_parallel_group: Any = None,
+        *,
+        lanes: int | None = None,
     ) -> WorkerConfig:
         """The configuration of this process: rank and world size by torch.distributed, if in use.
 
@@ -85,12 +90,19 @@ class WorkerConfig:
         """
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized()):
-            return cls(rank=0, world_size=1, num_workers=num_workers)
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                logger.warning(
+                    "this is one of several ranks (WORLD_SIZE is set), but torch.distributed is "
+                    "not initialized yet, so each rank takes itself for the only one and all load the "
+                    "same data: call torch.distributed.init_process_group first"
+                )
+            return cls(rank=0, world_size=1, num_workers=num_workers, lanes=lanes)
         return cls(
             rank=distributed.get_rank(data_parallel_group),
             world_size=distributed.get_world_size(data_parallel_group),
             num_workers=num_workers,
             data_parallel_group=data_parallel_group,
+            lanes=lanes,
         )
 
     @property
@@ -108,6 +120,5 @@ class WorkerConfig:
         return {**self.__dict__, "data_parallel_group": None}
 
 
-def default_worker_config(num_workers: int = 4, data_parallel_group: Any = None) -> WorkerConfig:
-    """:meth:`WorkerConfig.default_worker_config` as a function."""
-    return WorkerConfig.default_worker_config(num_workers, data_parallel_group)
+default_worker_config = WorkerConfig.default_worker_config
+"""The same as a function."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 import torch.distributed as distributed
@@ -44,6 +44,13 @@ class Loader(Generic[T]):
         # Lanes that have not ended, by turn, with their states.
         self._lanes: dict[int, State] = dict.fromkeys(self.dataset.worker_config.rank_lanes)
         self._started = False
+
+    def __enter__(self) -> Self:
+        """``with get_loader(...) as loader:`` ends the workers behind the block."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def __len__(self) -> int:
         return self.dataset.batches(self._epoch)
@@ -139,9 +146,10 @@ class Loader(Generic[T]):
             # It is the turn of the lane that has given least.
             left.sort(key=lambda lane: (checkpoint.batches(lanes[lane]), lane))
             self._lanes = {lane: lanes[lane] for lane in left}
-        delivered = state["delivered"] * state["world_size"] // config.world_size
-        # With fewer ranks it may be more than this iteration's length: then the next one is due.
-        self._delivered = min(delivered, self.dataset.length or delivered)
+        if self.dataset.virtual or self._epoch == state["epoch"]:
+            delivered = state["delivered"] * state["world_size"] // config.world_size
+            # With fewer ranks it may be more than an iteration's length: then the next is due.
+            self._delivered = min(delivered, self.dataset.length or delivered)
 
     save_state_rank = state_dict
     restore_state_rank = load_state_dict

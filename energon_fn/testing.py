@@ -20,10 +20,9 @@ import math
 import os
 import pickle
 import reprlib
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from types import GeneratorType, SimpleNamespace
+from types import GeneratorType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,6 @@ from energon_fn.errors import StateError
 from energon_fn.guard import describe
 from energon_fn.lanes import WorkerConfig
 from energon_fn.loader import Loader, get_loader
-from energon_fn.stages import Cooker
 from energon_fn.task_encoder import METHODS, marks_of, method_of
 
 Layout = tuple[int, int]
@@ -57,7 +55,8 @@ STATELESS = (
 )
 PROCESSES = (
     "Repeated in one process, every function did the same. It is something in which processes "
-    "differ: the number of threads (workers compute with one), ids, environment variables, devices."
+    "differ: what a class, a module or a cache has kept from before, the number of threads "
+    "(workers compute with one), ids, environment variables, devices."
 )
 INTERPRETERS = (
     "Within one interpreter every function did the same. It is something in which they differ: the "
@@ -120,7 +119,7 @@ def check_resume(
             WorkerConfig(rank=rank, world_size=world_size, num_workers=workers, lanes=lanes)
             for rank in range(world_size)
         )
-        return [make_loader(config) for config in ranks]
+        return [_checked(make_loader(config), config) for config in ranks]
 
     def walk(layout: Layout, length: int, how: str, state: Any = None) -> dict[int, Any]:
         """Walk so far and compare. Gives the states, by the number of batches before them."""
@@ -137,7 +136,7 @@ def check_resume(
                 if after is not None:
                     states[done] = after
         except StateError as error:
-            raise AssertionError(f"{how}: {error}") from error
+            raise AssertionError(f"{how}:\n  {error}") from error
         finally:
             for loader in loaders:
                 loader.close()
@@ -165,12 +164,12 @@ def check_resume(
             here = layouts[n % len(layouts)]
             there = layouts[(n + 1 + n // len(layouts)) % len(layouts)]
             done = max(number for number in saved[here] if number <= point)
-            how = f"saved after {done} batches with {_named(here)}, resumed with {_named(there)}"
+            how = f"saved behind batch {done} with {_named(here)}, resumed with {_named(there)}"
             walk(there, min(2 * lanes, batches - done), how, saved[here][done])
         done, state = sorted(saved[reference].items())[:2][-1]
         turns, not_tried = _in_new_interpreter(make((1, 0))[0], batches - done, state)
         for turn in turns:
-            how = f"saved after {done} batches, resumed in a new interpreter"
+            how = f"saved behind batch {done}, resumed in a new interpreter"
             compare(turn, how, state, INTERPRETERS)
     return (
         f"{len(expected)} batches are the same in {len(layouts)} layouts of {lanes} lanes and "
@@ -185,55 +184,55 @@ def difference(was: Any, now: Any, path: str = "batch") -> str | None:
     >>> difference({"a": torch.tensor([[1, 2], [3, 4]])}, {"a": torch.tensor([[1, 2], [3, 5]])})
     "batch['a'][1, 1] is 5, was 4"
     """
-    if isinstance(was, Image.Image) and isinstance(now, Image.Image):
-        kinds = [f"an image {image.mode} of size {image.size}" for image in (was, now)]
-        if kinds[0] != kinds[1]:
-            return f"{path} is {kinds[1]}, was {kinds[0]}"
-        palettes = difference(was.getpalette(), now.getpalette(), f"{path}.getpalette()")
-        return palettes or _in_array(np.asarray(was), np.asarray(now), path)
-    if type(was) is not type(now):
+    if was is now:
+        return None
+    if type(was) is not type(now) and not isinstance(was, Image.Image):
         return f"{path} is of type {type(now).__name__}, was of type {type(was).__name__}"
     if isinstance(was, torch.Tensor | np.ndarray | np.generic):
         return _in_array(was, now, path)
-    pairs: list[tuple[Any, Any, str]] = []
-    if isinstance(was, dict):
-        if list(was) != list(now):
-            return f"{path} has the keys {reprlib.repr(list(now))}, had {reprlib.repr(list(was))}"
-        pairs += ((was[key], now[key], f"{path}[{key!r}]") for key in was)
-    elif isinstance(was, list | tuple):
-        pairs += ((*both, f"{path}[{n}]") for n, both in enumerate(zip(was, now, strict=False)))
-    elif (names := _attributes(was)) is not None:
-        if names != _attributes(now):
-            return f"{path} has the attributes {_attributes(now)}, had {names}"
-        pairs += ((getattr(was, name), getattr(now, name), f"{path}.{name}") for name in names)
-    else:
-        same = was.hex() == now.hex() if isinstance(was, float) else was is now or was == now
+    parts, parts_now = _parts(was), _parts(now)
+    if parts is None or parts_now is None:
+        same = was.hex() == now.hex() if isinstance(was, float) else was == now
         return None if same else f"{path} is {reprlib.repr(now)}, was {reprlib.repr(was)}"
-    found = next((found for pair in pairs if (found := difference(*pair))), None)
-    if found is None and isinstance(was, list | tuple) and len(was) != len(now):
-        return f"{path} has {len(now)} entries, had {len(was)}"
-    return found
+    for (name, part), (name_now, part_now) in zip(parts, parts_now, strict=False):
+        if name != name_now:
+            return f"{path} has {name_now} where it had {name}"
+        if found := difference(part, part_now, path + name):
+            return found
+    if len(parts) != len(parts_now):
+        return f"{path} has {len(parts_now)} parts, had {len(parts)}"
+    return None
 
 
-def _attributes(thing: Any) -> list[str] | None:
-    """The attributes to compare; None of what compares itself."""
+def _parts(thing: Any) -> list[tuple[str, Any]] | None:
+    """What it is made of, each with the way to it; None of what compares itself."""
+    if isinstance(thing, dict):
+        return [(f"[{key!r}]", part) for key, part in thing.items()]
+    if isinstance(thing, list | tuple):
+        return [(f"[{n}]", part) for n, part in enumerate(thing)]
     equals: object = type(thing).__eq__
+    if isinstance(thing, Image.Image):
+        kind = [("'s mode", thing.mode), ("'s size", thing.size)]
+        return [*kind, (".getpalette()", thing.getpalette()), ("", np.asarray(thing))]
     if dataclasses.is_dataclass(thing):
         names = [field.name for field in dataclasses.fields(thing)]
-    elif equals is object.__eq__ and hasattr(thing, "__dict__"):
+    elif equals is object.__eq__ and not callable(thing):
         names = []
     else:
         return None
-    return list(dict.fromkeys([*names, *getattr(thing, "__dict__", ())]))
+    names += getattr(thing, "__dict__", ())
+    return [(f".{name}", getattr(thing, name)) for name in dict.fromkeys(names)]
 
 
 def _in_array(was: Any, now: Any, path: str) -> str | None:
-    kinds = [f"{array.dtype} of shape {tuple(array.shape)}" for array in (was, now)]
-    if kinds[0] != kinds[1]:
-        return f"{path} is {kinds[1]}, was {kinds[0]}"
+    kind, kind_now = (f"{array.dtype} of shape {tuple(array.shape)}" for array in (was, now))
+    if kind != kind_now:
+        return f"{path} is {kind_now}, was {kind}"
     flat: list[Any]
     if isinstance(was, torch.Tensor):
-        flat = [a.detach().cpu().resolve_conj().resolve_neg().reshape(-1) for a in (was, now)]
+        flat = [
+            array.detach().cpu().resolve_conj().resolve_neg().reshape(-1) for array in (was, now)
+        ]
         raw = [array.contiguous().view(torch.uint8).numpy() for array in flat]
     elif was.dtype.hasobject:
         return difference(was.tolist(), now.tolist(), path)
@@ -246,6 +245,17 @@ def _in_array(was: Any, now: Any, path: str) -> str | None:
     place = int(different[0]) * len(flat[0]) // raw[0].size
     index = [int(i) for i in np.unravel_index(place, was.shape)]
     return f"{path}{index or ''} is {flat[1][place].item()}, was {flat[0][place].item()}"
+
+
+def _checked(loader: Loader[Any], config: WorkerConfig) -> Loader[Any]:
+    for name in ("rank", "world_size", "num_workers", "lane_count"):
+        if (own := getattr(loader.dataset.worker_config, name)) != getattr(config, name):
+            raise ValueError(
+                f"make_loader was given a WorkerConfig with {name} {getattr(config, name)} and "
+                f"made a loader with {own}: give it to the dataset, get_train_dataset(..., "
+                "worker_config=worker_config) say"
+            )
+    return loader
 
 
 def _named(layout: Layout) -> str:
@@ -263,7 +273,7 @@ def _stir(number: int) -> None:
 def _turns(
     loaders: list[Loader[Any]], length: int, state: Any = None
 ) -> Iterator[tuple[Turn, Any]]:
-    """A batch of each rank with its place, and the state if no rank was at its epoch's end before.
+    """A batch of each rank with its place, and the state unless some rank's epoch has ended before.
 
     So it goes on, over epochs, until there were ``length`` batches.
     """
@@ -273,41 +283,34 @@ def _turns(
     done = empty = 0
     while done < length and empty < 2:  # in one epoch, but not in two, there may be none
         empty += 1
-        running = [(loader, iter(loader)) for loader in loaders]
+        running = {loader: iter(loader) for loader in loaders}
         while running and done < length:
             turn: Turn = []
-            for loader, iterator in list(running):
+            for loader, iterator in list(running.items()):
                 before = loader.state_dict()
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    running.remove((loader, iterator))
-                    continue
-                turn.append((_place(before, loader.state_dict()), batch))
-                empty = 0
-            done += len(turn)
-            everybody = turn and len(running) == len(loaders)
-            yield turn, checkpoint.merge([a.state_dict() for a in loaders]) if everybody else None
+                for batch in iterator:
+                    turn.append((_place(before, loader.state_dict()), batch))
+                    break
+                else:
+                    del running[loader]
+            done, empty = done + len(turn), 0 if turn else empty
+            whole = len(turn) == len(loaders)
+            yield turn, checkpoint.merge(rank.state_dict() for rank in loaders) if whole else None
 
 
 def _place(before: Any, after: Any) -> Place:
-    """Of the batch that came between two states of a rank."""
+    """Of the batch that came between two states of a rank: that of the lane which went on."""
     old = before["lanes"] if before["epoch"] == after["epoch"] else {}
-    for lane, at in after["lanes"].items():
-        if at not in (None, checkpoint.ENDED, old.get(lane)):
-            return after["epoch"], int(lane), checkpoint.batches(at)
-    raise AssertionError(f"a batch came, but no lane went on: {before} before, {after} after")
+    lane, state = next(
+        (lane, state)
+        for lane, state in after["lanes"].items()
+        if state not in (None, checkpoint.ENDED, old.get(lane))
+    )
+    return after["epoch"], int(lane), checkpoint.batches(state)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """A call of a user's function: what was given in, and what came out."""
-
-    name: str
-    where: object
-    given: Any
-    results: list[Any]
-    hint: str
+Call = tuple[str, object, Any, list[Any]]
+"""A user's function, where in the streams it was called, with what, and what came of it."""
 
 
 def _culprit(make: Callable[[], Loader[Any]], place: Place, state: Any, length: int) -> str | None:
@@ -316,9 +319,9 @@ def _culprit(make: Callable[[], Loader[Any]], place: Place, state: Any, length: 
     One way is that of all lanes from the start, the other that of the lane alone from the state.
     """
     epoch, lane, number = place
-    lane_state = None
+    begin = None
     if state is not None and state["epoch"] == epoch:
-        lane_state = checkpoint.tupled(state["lanes"][str(lane)])
+        begin = checkpoint.tupled(state["lanes"][str(lane)])
     try:
         _stir(-1)
         dataset, first = _spied(make().dataset)
@@ -327,36 +330,35 @@ def _culprit(make: Callable[[], Loader[Any]], place: Place, state: Any, length: 
                 break
         _stir(-2)
         dataset, again = _spied(make().dataset)
-        left = number - checkpoint.batches(lane_state)
+        stream = dataset.lane_stream(lane, epoch)(begin)
         with contextlib.suppress(StateError):  # the replay diverged
-            for _ in itertools.islice(dataset.lane_stream(lane, epoch)(lane_state), left):
-                pass
-        for call in again:
+            list(itertools.islice(stream, number - checkpoint.batches(begin)))
+        for name, where, given, results in again:
             found = [
-                difference(other.results[: len(call.results)], call.results[: len(other.results)])
-                for other in first
-                if (other.name, other.where) == (call.name, call.where)
-                and difference(other.given, call.given) is None
+                difference(before[: len(results)], results[: len(before)], "result")
+                for same_name, same_where, same_given, before in first
+                if (name, where) == (same_name, same_where) and not difference(same_given, given)
             ]
             if found and all(found):
-                told = str(found[0]).replace("batch", "result", 1)
-                given, hint = describe(call.given), call.hint
-                return f"{call.name} did not do the same again for {given}: {told}\n  {hint}"
+                seeded, _ = marks_of(dataset.task_encoder, name)
+                hint = CAUSES if seeded else STATELESS
+                who = f"{name} did not do the same again for {describe(given)}"
+                return f"{who}: {found[0]}\n  {hint}"
     except Exception as error:  # what was found is to be said all the same
         return f"Which function is the cause could not be found out ({error!r}).\n  {CAUSES}"
     return None
 
 
-def _spied(dataset: Dataset[Any]) -> tuple[Dataset[Any], list[_Call]]:
-    """The dataset with a task encoder that notes all calls of the user's functions."""
-    calls: list[_Call] = []
+def _spied(dataset: Dataset[Any]) -> tuple[Dataset[Any], list[Call]]:
+    """The dataset with its task encoder's functions noting all calls."""
+    calls: list[Call] = []
     encoder = dataset.task_encoder
 
-    def spy(fn: Callable[..., Any], name: str, hint: str = CAUSES) -> Callable[..., Any]:
+    def spy(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(fn)  # marks included
         def noted(given: Any, **others: Any) -> Any:
             results: list[Any] = []
-            calls.append(_Call(name, position.here.where, copy.deepcopy(given), results, hint))
+            calls.append((name, position.here.where, copy.deepcopy(given), results))
             try:
                 result = fn(given, **others)
             except BaseException as error:
@@ -375,49 +377,33 @@ def _spied(dataset: Dataset[Any]) -> tuple[Dataset[Any], list[_Call]]:
             yield output
         results.append("no more")
 
-    spies: dict[str, Any] = {
-        name: spy(method, name, CAUSES if marks_of(encoder, name)[0] else STATELESS)
-        for name in METHODS
-        if (method := method_of(encoder, name)) is not None
-    }
-    cookers = [
-        Cooker(spy(cooker.cook, "cook"), cooker.has_subflavors)
-        for cooker in getattr(encoder, "cookers", ())
-    ]
-    decoder = dataset.decoder and spy(dataset.decoder, "decoder")
-    spied: Any = SimpleNamespace(**spies, cookers=cookers)
+    methods = {name: method_of(encoder, name) for name in METHODS}
+    spies: Any = {name: spy(name, method) for name, method in methods.items() if method}
+    cookers = getattr(encoder, "cookers", ())
+    spies["cookers"] = [dataclasses.replace(c, cook=spy("cook", c.cook)) for c in cookers]
+    decoder = dataset.decoder and spy("decoder", dataset.decoder)
+    spied: Any = SimpleNamespace(**spies)
     return dataclasses.replace(dataset, task_encoder=spied, decoder=decoder), calls
 
 
 def _in_new_interpreter(
     loader: Loader[Any], length: int, state: Any
 ) -> tuple[list[Turn], str | None]:
-    """The turns from ``state`` on as a new interpreter gives them; or why that was not tried."""
+    """The turns from ``state`` on that a worker in a new interpreter gives; or why it could not."""
+    config = dataclasses.replace(loader.dataset.worker_config, num_workers=1)
+    dataset = dataclasses.replace(loader.dataset, worker_config=config)
+    main, hash_seed = sys.modules["__main__"], os.environ.get("PYTHONHASHSEED")
+    sys.modules["__main__"] = ModuleType("__main__")  # a script would run there once more
+    os.environ["PYTHONHASHSEED"] = "2" if hash_seed == "1" else "1"
     try:
-        data = pickle.dumps((loader.dataset, length, state))
-    except Exception as error:
-        return [], f"not in a new interpreter: {error}"
-    if b"__main__" in data:
-        return [], "not in a new interpreter: it would not know what is defined in __main__"
-    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
-    command = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
-    command += f"from {__name__} import _answer; _answer()"
-    done = subprocess.run(
-        [sys.executable, "-c", command],
-        input=pickle.dumps(sys.path) + data,
-        env={**os.environ, "PYTHONHASHSEED": seed},
-        capture_output=True,
-    )
-    if done.returncode:
-        raise AssertionError(f"in a new interpreter it fails:\n{done.stderr.decode()}")
-    return pickle.loads(done.stdout), None
-
-
-def _answer() -> None:
-    """What the new interpreter does."""
-    output = os.dup(1)
-    os.dup2(2, 1)  # what the user's functions print is no answer
-    dataset, length, state = pickle.load(sys.stdin.buffer)
-    turns = [turn for turn, _ in _turns([get_loader(dataset)], length, state)]
-    with os.fdopen(output, "wb") as file:
-        pickle.dump(turns, file)
+        try:
+            pickle.dumps(dataset.lane_stream)
+        except Exception as error:
+            return [], f"not in a new interpreter: {error}"
+        worker = get_loader(dataset, multiprocessing_context="spawn", max_worker_restarts=0)
+        return [turn for turn, _ in _turns([worker], length, state)], None
+    finally:
+        sys.modules["__main__"] = main
+        del os.environ["PYTHONHASHSEED"]
+        if hash_seed is not None:
+            os.environ["PYTHONHASHSEED"] = hash_seed

@@ -240,6 +240,7 @@ def _answer(questions: socket, thread: int) -> None:
             item = here.item if here.stage == "load" else describe(here.item)
             answer = {"steps": here.steps, "stage": here.stage, "item": str(item), "stack": stack}
             wire.send(questions, answer)
+    os._exit(0)  # nobody is there any more, whatever the other thread is still busy with
 
 
 _ours: weakref.WeakSet[socket] = weakref.WeakSet()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,9 @@ import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
+
+# Where tests are run in the background, Ctrl-C is ignored; the tests of it must be able to press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A machine that is busy with worker processes is slow, not wrong.
 hypothesis.settings.register_profile("all", deadline=None)

@@ -138,3 +138,11 @@ def test_rank_and_world_size_are_those_of_the_process_group(tmp_path: Path) -> N
         whole, part = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert whole == (rank, 4, 0, (rank,))
         assert part == (rank // 2, 2, 3, tuple(range(rank // 2, 6, 2)))
+
+
+def test_a_rank_that_takes_itself_for_the_only_one_is_warned(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert default_worker_config(num_workers=2, lanes=8).lane_count == 8
+    assert "init_process_group first" in caplog.text

@@ -321,12 +321,24 @@ def test_a_slow_consumer_bounds_what_is_made_ahead(folder: Path, tmp_path: Path)
         assert len(made.read_text()) <= 2 * 3 + received + 2
 
 
+class Stuck(Numbers):
+    """Hangs for good at the 40th sample that a worker comes to."""
+
+    seen = 0
+
+    def encode_sample(self, sample: Any) -> tuple[int, float]:
+        self.seen += 1
+        if self.seen == 40:
+            time.sleep(1000)
+        return super().encode_sample(sample)
+
+
 SCRIPT = """
 import os, sys, time
 sys.path.insert(0, {here!r})
-from test_workers import Numbers, children, train
+from test_workers import Stuck, children, train
 from pathlib import Path
-loader = train(Path({folder!r}), 2)
+loader = train(Path({folder!r}), 2, Stuck(), prefetch_factor=30)
 for n, batch in enumerate(loader):
     if n == 3:
         print(*children(), flush=True)
