@@ -13,13 +13,14 @@ from energon_fn.collation import (
     generic_batch,
 )
 from energon_fn.datasets import (
-    Dataset,
     get_dataset,
     get_train_dataset,
     get_val_dataset,
     get_val_datasets,
 )
 from energon_fn.decoding import decode_part, decoder
+from energon_fn.disk.prepare import BaseWebdatasetFactory, prepare_dataset, write_dataset_yaml
+from energon_fn.disk.source import Source, open_source
 from energon_fn.errors import (
     DatasetError,
     FatalSampleError,
@@ -33,7 +34,7 @@ from energon_fn.errors import (
 )
 from energon_fn.lanes import WorkerConfig, default_worker_config
 from energon_fn.loader import Loader, get_loader, get_savable_loader
-from energon_fn.prepare import BaseWebdatasetFactory, prepare_dataset, write_dataset_yaml
+from energon_fn.pipeline import Dataset
 from energon_fn.samples import (
     Batch,
     CaptioningSample,
@@ -54,7 +55,6 @@ from energon_fn.samples import (
     edataclass,
 )
 from energon_fn.sheet import contact_sheet
-from energon_fn.source import Source, open_source
 from energon_fn.stages import (
     Cooker,
     batch,

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from energon_fn import files
+from energon_fn.disk import files
 from energon_fn.errors import StateError
 
 VERSION = 1

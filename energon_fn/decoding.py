@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from .errors import SampleError
+from energon_fn.errors import SampleError
 
 Decode = Callable[[bytes], Any]
 

@@ -35,9 +35,9 @@ from energon_fn import (
     get_train_dataset,
     open_source,
 )
-from energon_fn.files import write_atomic
-from energon_fn.metadata import read_info
-from energon_fn.prepare import prepare_dataset, write_dataset_yaml
+from energon_fn.disk.files import write_atomic
+from energon_fn.disk.metadata import read_info
+from energon_fn.disk.prepare import prepare_dataset, write_dataset_yaml
 from energon_fn.sheet import contact_sheet
 
 Point = tuple[float, float]

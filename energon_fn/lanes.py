@@ -93,8 +93,8 @@ class WorkerConfig:
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 logger.warning(
                     "this is one of several ranks (WORLD_SIZE is set), but torch.distributed is "
-                    "not initialized yet, so each rank takes itself for the only one and all load the "
-                    "same data: call torch.distributed.init_process_group first"
+                    "not initialized yet, so each rank takes itself for the only one and all load "
+                    "the same data: call torch.distributed.init_process_group first"
                 )
             return cls(rank=0, world_size=1, num_workers=num_workers, lanes=lanes)
         return cls(

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from energon_fn import files
 from energon_fn.decoding import decoder
+from energon_fn.disk import files
+from energon_fn.disk.source import Source, open_source
 from energon_fn.errors import DatasetError, FatalSampleError, SampleError, SkipSample
-from energon_fn.source import Source, open_source
 
 CHUNK = 32
 """Samples that a worker checks at a time."""

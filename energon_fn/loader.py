@@ -14,9 +14,9 @@ import torch
 import torch.distributed as distributed
 
 from energon_fn import checkpoint
-from energon_fn.datasets import Dataset
 from energon_fn.errors import StateError, logger
 from energon_fn.lanes import WorkerConfig
+from energon_fn.pipeline import Dataset
 from energon_fn.samples import pin_memory
 from energon_fn.streams import State
 from energon_fn.workers import Local, Pool, PoolOptions

@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 
 from energon_fn import checkpoint, position, seeds
-from energon_fn.datasets import Dataset
+from energon_fn.pipeline import Dataset
 from energon_fn.errors import StateError
 from energon_fn.guard import describe
 from energon_fn.lanes import WorkerConfig

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-# Where tests are run in the background, Ctrl-C is ignored; the tests of it must be able to press it.
+# Where tests are run in the background, Ctrl-C is ignored; some of them press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A machine that is busy with worker processes is slow, not wrong.

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from energon_fn.braces import collapse_braces, escape_braces, expand_braces
+from energon_fn.disk.braces import collapse_braces, escape_braces, expand_braces
 from energon_fn.errors import DatasetError
 
 NAMES = st.text(alphabet="019{}\\,.-_$/a", min_size=1, max_size=7)

@@ -306,16 +306,16 @@ def test_the_command_hands_states_out_to_another_number_of_ranks(
     names = [str(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, loader in zip(names, loaders, strict=True):
         checkpoint.write_state(name, loader.state_dict())
-    assert cli.main(["checkpoint", "info", *names]) == 0
+    assert cli.run(["checkpoint", "info", *names]) == 0
     assert "3 batches delivered to each of 2 ranks" in capsys.readouterr().out
     out = tmp_path / "out"
     redist = ["checkpoint", "redist", *names, "--new-world-size"]
-    assert cli.main([*redist, "4", str(out)]) == 0
+    assert cli.run([*redist, "4", str(out)]) == 0
     four = [make(folder, layout=config(rank=rank, world_size=4)) for rank in range(4)]
     for rank, loader in enumerate(four):
         loader.load_state_dict(checkpoint.read_state(out / f"rank_{rank:05d}.pt"))
     whole = list(itertools.islice(make(folder), 10))
     assert sorted(map(str, steps(four, 1)[0])) == sorted(map(str, whole[6:]))
-    assert cli.main([*redist, "3", str(out)]) == 2
+    assert cli.run([*redist, "3", str(out)]) == 2
     assert "cannot be shared out evenly to 3 ranks; 1, 2, 4 ranks" in capsys.readouterr().err
-    assert cli.main(["checkpoint", "info", names[0]]) == 0
+    assert cli.run(["checkpoint", "info", names[0]]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -31,10 +32,10 @@ from processes import (
 
 from energon_fn import WorkerConfig, get_loader, get_train_dataset, open_source
 from energon_fn.demo import CaptioningTaskEncoder, build_demo, captions_of, demo_tokenizer
-from energon_fn.files import expand_braces
-from energon_fn.metadata import collapse_braces
+from energon_fn.disk.files import expand_braces
+from energon_fn.disk.metadata import collapse_braces
 
-PUBLISHED = Path(sys.executable).with_name("energon")
+PUBLISHED = Path(os.environ.get("ENERGON_PYTHON", sys.executable)).with_name("energon")
 CAPTIONING = ("--sample-type", "CaptioningSample")
 FIELD_MAP = ("--field-map", '{"image": "jpg", "caption": "txt"}')
 

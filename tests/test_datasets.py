@@ -47,8 +47,8 @@ from energon_fn import (
     stateless,
     write_dataset_yaml,
 )
-from energon_fn.datasets import lifts
-from energon_fn.metadata import write_dataset_config
+from energon_fn.disk.metadata import write_dataset_config
+from energon_fn.pipeline import lifts
 
 
 class Encoder(DefaultTaskEncoder[Any, Any, Any, Any]):
@@ -1108,7 +1108,8 @@ class DrawingSamples(Encoder):
     cookers = (Cooker(lambda sample: (sample["json"]["n"], drawn())),)
 
     def preencode_sample(self, sample: Any) -> Any:
-        return (*sample, drawn())
+        for part in "ab":
+            yield (*sample, drawn(), part)
 
     def postencode_sample(self, sample: Any) -> Any:
         return (*sample, drawn())
@@ -1128,19 +1129,21 @@ class DrawingBatches(Numbers):
 
 
 def test_what_is_drawn_for_a_sample_depends_on_sample_and_epoch_alone(folder: Path) -> None:
-    def epochs(**options: Any) -> list[dict[int, Any]]:
+    def epochs(**options: Any) -> list[set[Any]]:
         defaults = {"batch_size": 1, "task_encoder": DrawingSamples()}
         dataset = get_train_dataset(folder, repeat=False, **{**defaults, **options})
         loader = get_loader(dataset)
-        return [{sample[0]: sample for batch in loader for sample in batch} for _ in range(2)]
+        return [{sample for batch in loader for sample in batch} for _ in range(2)]
 
     first, second = epochs(worker_config=here())
     assert epochs(worker_config=here(lanes=5), batch_size=4) == [first, second]
     assert epochs(worker_config=here(), shuffle_buffer_size=7) == [first, second]
-    everything = [numbers for n in range(12) for numbers in (*first[n][1:], *second[n][1:])]
-    assert len(set(everything)) == len(everything) == 72
-    other = epochs(worker_config=here(seed_offset=1))
-    assert all(other[0][n][1:] != first[n][1:] for n in range(12))
+    assert len(first) == len(second) == 24
+    # cook, preencode and postencode of the two parts of each sample in each epoch
+    cooked = {sample[1] for sample in first | second}
+    others = {numbers for sample in first | second for numbers in (sample[2], sample[4])}
+    assert (len(cooked), len(others), len(cooked | others)) == (24, 96, 120)
+    assert not first & set().union(*epochs(worker_config=here(seed_offset=1)))
 
 
 def test_what_is_drawn_for_a_batch_differs_by_lane_epoch_and_place(folder: Path) -> None:
@@ -1373,6 +1376,20 @@ def test_fewer_samples_than_lanes_batches_or_buffers(
         assert numbers_in(repeated).keys() == once.keys()
 
 
+def test_training_goes_on_for_ever(tmp_path: Path) -> None:
+    class First(Numbers):
+        def encode_sample(self, sample: Any) -> Any:
+            if sample["json"]["n"]:
+                raise SkipSample
+            return 0
+
+    shards(tmp_path, (3,))
+    for encoder in (Numbers(), Grouped()):
+        found = numbers_in(train(tmp_path, 1500, batch_size=1, task_encoder=encoder))
+        assert found == Counter(dict.fromkeys(range(3), 500))
+    assert train(tmp_path, 500, batch_size=1, task_encoder=First()) == [[0]] * 500
+
+
 def test_repeating_in_order_goes_on_with_the_lane_whose_turn_is_next(folder: Path) -> None:
     for lanes in (1, 2, 5, 7):
         dataset = get_dataset(
@@ -1519,6 +1536,10 @@ class Random(Encoder):
             yield [*self.one(sample), copy]
 
     def select(self, samples: Any) -> Any:
+        groups = self.groups(samples)
+        return groups if self.most == 1 else list(groups)
+
+    def groups(self, samples: Any) -> Any:
         shuffled = random.sample(samples, len(samples))
         while shuffled:
             size = 1 + int(torch.randint(3, ()))

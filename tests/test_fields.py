@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from energon_fn.errors import DatasetError, SampleError
-from energon_fn.fields import (
+from energon_fn.disk.fields import (
     DatasetCode,
     FieldMap,
     SampleLoader,
@@ -21,6 +20,7 @@ from energon_fn.fields import (
     sample_type_named,
     sample_type_of,
 )
+from energon_fn.errors import DatasetError, SampleError
 from energon_fn.samples import (
     SAMPLE_TYPES,
     CaptioningSample,

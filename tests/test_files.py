@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from energon_fn import files
+from energon_fn.disk import files
 from energon_fn.errors import DatasetError
 
 

@@ -23,9 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
-from energon_fn import files, index
-from energon_fn.errors import DatasetError
-from energon_fn.index import (
+from energon_fn.disk import files, index
+from energon_fn.disk.index import (
     BLOCK,
     Index,
     ShardIndex,
@@ -37,6 +36,7 @@ from energon_fn.index import (
     split_name,
     write_index,
 )
+from energon_fn.errors import DatasetError
 
 LONG = "long" * 60
 Entry = tuple[str, bytes | None]

@@ -23,9 +23,9 @@ import pytest
 from PIL import Image
 
 from energon_fn.decoding import decoder
-from energon_fn.metadata import read_info
-from energon_fn.prepare import prepare_dataset, write_dataset_yaml
-from energon_fn.source import open_source
+from energon_fn.disk.metadata import read_info
+from energon_fn.disk.prepare import prepare_dataset, write_dataset_yaml
+from energon_fn.disk.source import open_source
 
 
 def energon_python() -> str | None:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from processes import group_is_empty, interrupt, run, run_on_terminal, start, wait_for_children
 
 from energon_fn import open_source
+from energon_fn.disk.prepare import prepare_dataset, write_dataset_yaml
 from energon_fn.lint import BadSample, lint, open_shards
-from energon_fn.prepare import prepare_dataset, write_dataset_yaml
 
 JPEG = jpeg()
 BROKEN: dict[str, tuple[dict[str, bytes], str]] = {

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from energon_fn.errors import DatasetError
-from energon_fn.metadata import (
+from energon_fn.disk.metadata import (
     SplitConfig,
     info_text,
     read_dataset_config,
@@ -21,6 +20,7 @@ from energon_fn.metadata import (
     split_text,
     write_dataset_config,
 )
+from energon_fn.errors import DatasetError
 from energon_fn.samples import SAMPLE_TYPES, CaptioningSample, TextSample, VQAOCRSample
 
 OURS = {"__module__": "megatron.energon"}

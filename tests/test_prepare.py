@@ -18,9 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from energon_fn.errors import DatasetError
-from energon_fn.metadata import read_dataset_config, read_info, read_split_config
-from energon_fn.prepare import (
+from energon_fn.disk.metadata import read_dataset_config, read_info, read_split_config
+from energon_fn.disk.prepare import (
     BaseWebdatasetFactory,
     explain_duplicates,
     guess_field_map,
@@ -29,6 +28,7 @@ from energon_fn.prepare import (
     split_by_ratio,
     write_dataset_yaml,
 )
+from energon_fn.errors import DatasetError
 from energon_fn.samples import SAMPLE_TYPES, OCRSample
 
 RATIO = [("train", 2), ("val", 1), ("test", 0)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from energon_fn.demo import build_demo
-from energon_fn.prepare import prepare_dataset, write_dataset_yaml
+from energon_fn.disk.prepare import prepare_dataset, write_dataset_yaml
 
 README = Path(__file__).parents[1] / "README.md"
 

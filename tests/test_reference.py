@@ -12,7 +12,7 @@ import torch
 
 from energon_fn import get_loader
 from energon_fn.demo import build_demo
-from energon_fn.prepare import prepare_dataset, write_dataset_yaml
+from energon_fn.disk.prepare import prepare_dataset, write_dataset_yaml
 from energon_fn.samples import CaptioningSample
 
 DOCUMENT = Path(__file__).parents[2] / "shared" / "reference" / "task_encoders.md"

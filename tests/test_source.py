@@ -22,11 +22,11 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from energon_fn import files, index
+from energon_fn.disk import files, index
+from energon_fn.disk.index import index_shards, split_name, write_index
+from energon_fn.disk.source import NEAR, Segment, Source, open_source
 from energon_fn.errors import DatasetError
-from energon_fn.index import index_shards, split_name, write_index
 from energon_fn.samples import CaptioningSample, SourceInfo
-from energon_fn.source import NEAR, Segment, Source, open_source
 
 File = tuple[str, bytes]
 CRUDE = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"

@@ -22,6 +22,13 @@ ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The console script: sets this process up for it and does what :func:`run` does."""
+    return run(argv, _set_up_process)
+
+
+def run(
+    argv: Sequence[str] | None = None, set_up: Callable[[str], None] = lambda command: None
+) -> int:
     """Run a command line, that of the process unless given, and return the exit status.
 
     0: done; 1: bad samples were found; 2: an error, one line on stderr; 130: Ctrl-C; 141: whoever
@@ -33,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return ERROR
     try:
+        set_up(args.command)
         status = _run(args)
         sys.stdout.flush()
         return status
@@ -57,8 +65,6 @@ def _run(args: argparse.Namespace) -> int:
         WorkerError,
     )
 
-    # A walk of a large tar ends at once; loader processes end in order, told by this one.
-    _set_up_process(signal.SIG_DFL if args.command == "prepare" else signal.SIG_IGN)
     try:
         status: int = getattr(commands, args.command)(args)
         return status
@@ -77,9 +83,12 @@ def _run(args: argparse.Namespace) -> int:
         return ERROR
 
 
-def _set_up_process(ctrl_c_in_children: signal.Handlers) -> None:
+def _set_up_process(command: str) -> None:
     """Log messages as one line; leave Ctrl-C to this process, which then ends the others."""
     from tqdm import tqdm
+
+    # A walk of a large tar ends at once; loader processes end in order, told by this one.
+    ctrl_c_in_children = signal.SIG_DFL if command == "prepare" else signal.SIG_IGN
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

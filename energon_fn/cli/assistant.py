@@ -16,19 +16,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from energon_fn import files
 from energon_fn.cli.terminal import columns, describe, one_line, shorten
 from energon_fn.decoding import decode_part
-from energon_fn.errors import DatasetError, SampleError
-from energon_fn.fields import (
+from energon_fn.disk import files
+from energon_fn.disk.fields import (
     Access,
     parse_accesses,
     required_fields,
     sample_fields,
     sample_type_named,
 )
-from energon_fn.index import index_shard
-from energon_fn.prepare import guess_field_map, split_by_ratio
+from energon_fn.disk.index import index_shard
+from energon_fn.disk.prepare import guess_field_map, split_by_ratio
+from energon_fn.errors import DatasetError, SampleError
 from energon_fn.samples import BOOKKEEPING, SAMPLE_TYPES
 
 T = TypeVar("T")

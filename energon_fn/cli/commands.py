@@ -20,8 +20,6 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from energon_fn import files, metadata
-from energon_fn.braces import collapse_braces
 from energon_fn.checkpoint import describe as describe_state
 from energon_fn.checkpoint import merge, read_state, redistribute, write_state
 from energon_fn.cli import assistant
@@ -36,14 +34,16 @@ from energon_fn.cli.terminal import (
 )
 from energon_fn.decoding import decoder
 from energon_fn.demo import run_demo
+from energon_fn.disk import files, metadata
+from energon_fn.disk.braces import collapse_braces
+from energon_fn.disk.fields import check_field_map, sample_type_named
+from energon_fn.disk.index import cached_index, has_parts
+from energon_fn.disk.prepare import prepare_dataset, write_dataset_yaml
+from energon_fn.disk.source import Source, open_source
 from energon_fn.errors import DatasetError, SampleError, logger
-from energon_fn.fields import check_field_map, sample_type_named
-from energon_fn.index import cached_index, has_parts
 from energon_fn.lint import BadSample, open_shards
 from energon_fn.lint import lint as bad_samples_of
-from energon_fn.prepare import prepare_dataset, write_dataset_yaml
 from energon_fn.sheet import contact_sheet
-from energon_fn.source import Source, open_source
 
 BAD, ERROR = 1, 2
 

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from energon_fn.braces import expand_braces
+from energon_fn.disk.braces import expand_braces
 from energon_fn.errors import DatasetError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")

@@ -26,7 +26,7 @@ from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from energon_fn import files
+from energon_fn.disk import files
 from energon_fn.errors import DatasetError, SampleError
 from energon_fn.samples import BOOKKEEPING, SAMPLE_TYPES
 

@@ -28,12 +28,11 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from energon_fn import files
-from energon_fn.braces import expand_braces
-from energon_fn.errors import DatasetError, logger
-from energon_fn.fields import required_fields, sample_fields, sample_type_named
-from energon_fn.index import ShardIndex, idx_bytes, index_shards, write_index
-from energon_fn.metadata import (
+from energon_fn.disk import files
+from energon_fn.disk.braces import expand_braces
+from energon_fn.disk.fields import required_fields, sample_fields, sample_type_named
+from energon_fn.disk.index import ShardIndex, idx_bytes, index_shards, write_index
+from energon_fn.disk.metadata import (
     DATASET_YAML,
     INFO_JSON,
     META_FOLDER,
@@ -44,6 +43,7 @@ from energon_fn.metadata import (
     split_text,
     write_dataset_config,
 )
+from energon_fn.errors import DatasetError, logger
 from energon_fn.samples import BOOKKEEPING
 
 SAMPLE_LOADER = "sample_loader.py"

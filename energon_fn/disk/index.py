@@ -59,8 +59,8 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
-from . import files
-from .errors import DatasetError, logger
+from energon_fn.disk import files
+from energon_fn.errors import DatasetError, logger
 
 Part = tuple[str, int, int]
 """Part name, offset and size in bytes of its content in the (decompressed) shard."""

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 from toolz import identity
 
-from . import files, metadata
-from .errors import DatasetError, logger
-from .index import Index, Part, cached_index, has_parts
-from .metadata import every_part
-from .samples import SourceInfo
+from energon_fn.disk import files, metadata
+from energon_fn.disk.index import Index, Part, cached_index, has_parts
+from energon_fn.disk.metadata import every_part
+from energon_fn.errors import DatasetError, logger
+from energon_fn.samples import SourceInfo
 
 NEAR = 64 * 1024
 """A sample's parts are read at once if less than so many bytes lie between them."""

@@ -19,10 +19,9 @@ from typing import Any
 import yaml
 from toolz import identity
 
-from energon_fn import files
-from energon_fn.braces import collapse_braces, escape_braces, expand_braces
-from energon_fn.errors import DatasetError, logger
-from energon_fn.fields import (
+from energon_fn.disk import files
+from energon_fn.disk.braces import collapse_braces, escape_braces, expand_braces
+from energon_fn.disk.fields import (
     TRUST_HINT,
     DatasetCode,
     EntryError,
@@ -34,6 +33,7 @@ from energon_fn.fields import (
     sample_type_of,
     there_are,
 )
+from energon_fn.errors import DatasetError, logger
 from energon_fn.samples import SAMPLE_TYPES
 
 META_FOLDER = ".nv-meta"
