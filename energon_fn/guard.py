@@ -26,6 +26,10 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
+MAY_BE_NONE = ("select_samples_to_pack", "batch_group_criterion")
+"""Functions whose results are no samples; who calls them checks them."""
+
+
 def guarded(
     fn: Callable[[T], U],
     stage: str,
@@ -80,6 +84,10 @@ def guarded(
             raise SkipSample from None
         if isinstance(result, GeneratorType):
             return outputs(result, item)
+        if result is None and stage not in MAY_BE_NONE:
+            nothing = TypeError(f"{stage} returned None: return the result, or raise SkipSample")
+            fail(nothing, item)
+            raise SkipSample
         failures = 0
         return result
 

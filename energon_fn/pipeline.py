@@ -19,6 +19,7 @@ from energon_fn import plan, position, seeds, stages
 from energon_fn.checkpoint import tupled
 from energon_fn.collation import collate
 from energon_fn.disk.source import Source
+from energon_fn.errors import StateError
 from energon_fn.guard import bookkeeping, guarded
 from energon_fn.lanes import WorkerConfig
 from energon_fn.samples import CrudeSample
@@ -89,7 +90,8 @@ class Dataset(Generic[T]):
                 "or it packs, groups or multiplies samples. Seek with exact=True, which goes "
                 "through all that comes before."
             )
-        at = plan.state_after(self.plan, lane, given * (self.batch_size or 1))
+        count = given * (self.batch_size or 1)
+        at = plan.state_after(self.plan, lane, count) if count else None  # as streams begin
         state: State = (at, 0, None)
         return (state if self.batch_size is None else (state, 0, None)), given
 
@@ -98,15 +100,28 @@ class Dataset(Generic[T]):
 
         Augmentations are the same, whatever loads it. For a batch, what it was made of is loaded
         again, a whole packing buffer if need be.
+
+        Raises :class:`~energon_fn.StateError` if nothing of that key is made here.
         """
-        kind, *place = tupled(key)
         with seeds.untouched():
-            if kind == "batch":
-                epoch, lane, state = place
-                return next(self.lane_stream(lane, epoch)(state))[0]
-            *plan_key, number = place
-            one = lifts(self, 0, 0)[0](lambda state: iter([(tuple(plan_key), (0, 1))]))
-            return next(islice(one(None), number, None))[0]
+            match tupled(key):
+                case ("batch", int() as epoch, int() as lane, (_, int()) as state):
+                    items = self.lane_stream(lane, epoch)(state)
+                case ("sample", int() as epoch, int() as index, int() as number) if (
+                    0 <= index < len(self.source)
+                ):
+                    one = lifts(self, 0, 0)[0](lambda state: iter([((epoch, index), (0, 1))]))
+                    items = islice(one(None), number, None)
+                case _:
+                    items = iter(())
+            for item, _ in items:
+                if bookkeeping(item, "__restore_key__") in (None, tupled(key)):
+                    return item
+                break
+        raise StateError(
+            f"no sample or batch of this dataset has the restore key {key!r}. Give the "
+            "__restore_key__ of one that was made with the same arguments."
+        )
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -244,7 +259,7 @@ def lifts(dataset: Dataset[Any], lane: int, epoch: int) -> list[Lift]:
         group = stages.group(_key_of, dataset.batch_size, drop_last=dataset.batch_drop_last)
         lifted += [
             lift(stages.encode_sample(partial(_keyed, criterion)), name="batch_group_criterion"),
-            partial(holding, group),
+            partial(holding, group, name="batch_group_criterion", patience=patience),
             lift(
                 stages.encode_sample(partial(_of_group, make)),
                 *each(of_lane, "encode_batch"),

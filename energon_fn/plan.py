@@ -93,13 +93,16 @@ def lane_size(plan: Plan, epoch: int, lane: int) -> int:
 def state_after(plan: Plan, lane: int, count: int) -> State:
     """The state of a repeating plan's lane after ``count`` keys, without making them.
 
+    >>> from itertools import islice
     >>> plan = Plan(runs=(5,), lanes=2, shuffle=True, repeat=True)
     >>> [state for _, state in islice(keys(plan, lane=1), 7)][-1] == state_after(plan, 1, 7)
     True
     """
+    if not count:
+        return 0, 0
     # A whole round, in which the lane has every share once, has every sample once.
-    rounds, count = divmod(count, max(len(plan), 1)) if plan.shuffle else (0, count)
-    epoch = rounds * plan.lanes
+    rounds, before = divmod(count - 1, len(plan)) if plan.shuffle else (0, count - 1)
+    epoch, count = rounds * plan.lanes, before + 1
     while count > (size := lane_size(plan, epoch, lane)):
         epoch, count = epoch + 1, count - size
     return epoch, count

@@ -97,12 +97,20 @@ def resumable(
     return stream
 
 
-def holding(stage: Stage[T, list[T]], upstream: Stream[T]) -> Stream[list[T]]:
+def holding(
+    stage: Stage[T, list[T]],
+    upstream: Stream[T],
+    *,
+    name: str = "a stage",
+    patience: int | None = None,
+) -> Stream[list[T]]:
     """Lift a stage that sorts its items into lists and may keep some back for ever.
 
     The state is ``(upstream's state, the states in front of the items held)``: going on, each held
     item is made again from its own state and handed to the stage first, in the old order. Every
     item that comes in must be an object of its own and go out in one list.
+
+    Raises as :func:`resumable` does; ``patience`` is how many items may be held.
 
     >>> def numbers(state):
     ...     for n in range(state or 0, 9):
@@ -131,10 +139,17 @@ def holding(stage: Stage[T, list[T]], upstream: Stream[T]) -> Stream[list[T]]:
         def pull() -> Iterator[T]:
             nonlocal last
             for origin in before:
-                item, _ = next(upstream(origin))
-                held[id(item)] = origin
-                yield item
+                found = next(upstream(origin), None)
+                if found is None:
+                    raise _diverged(name, "of a held sample", "no more")
+                held[id(found[0])] = origin
+                yield found[0]
             for item, after in upstream(last):
+                if len(held) == patience:
+                    raise FatalSampleError(
+                        f"{name} holds {patience} samples and none of its groups gets full: do its "
+                        "keys compare as equal, and are there few enough of them?"
+                    )
                 held[id(item)], last = last, after
                 position.at(after)
                 yield item

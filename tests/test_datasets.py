@@ -1626,3 +1626,21 @@ def test_going_on_from_every_state_gives_the_rest(
         torn += islice(loader, min(stop, len(in_turn) - len(torn)))
         loader.close()
     assert torn == in_turn[:15]
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+@pytest.mark.parametrize("batch_size", [None, 1, 3, 5])
+@pytest.mark.parametrize("lanes", [1, 3, 13])
+def test_the_plan_tells_where_a_batch_begins(
+    folder: Path, lanes: int, batch_size: int | None, is_train: bool
+) -> None:
+    encoder = DrawingBatches() if batch_size else Numbers()
+    dataset = get_dataset(
+        folder, batch_size=batch_size, shuffle=is_train, repeat=True, task_encoder=encoder,
+        worker_config=here(lanes=lanes),
+    )  # fmt: skip
+    for lane in range(lanes):
+        whole = [batch for batch, _ in islice(dataset.lane_stream(lane)(None), 14)]
+        for done in range(14):
+            stream = dataset.lane_stream(lane)(dataset.lane_state(lane, done))
+            assert [batch for batch, _ in islice(stream, 14 - done)] == whole[done:]

@@ -458,3 +458,24 @@ def test_what_cannot_be_sent_from_a_worker_is_an_error_not_a_hang(folder: Path) 
     config = WorkerConfig(rank=0, world_size=1, num_workers=1)
     with pytest.raises(TypeError, match="a batch of type function cannot be sent from a worker"):
         next(iter(val(folder, config, task_encoder=Unsendable())))
+
+
+def test_returning_nothing_is_a_failure_not_a_batch_of_nothing(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Forgetful(Numbers):
+        def encode_sample(self, sample: Any) -> int | None:
+            return sample["json"]["n"] if sample["json"]["n"] != 5 else None
+
+    numbers = [n for batch in val(folder, task_encoder=Forgetful()) for n in batch]
+    assert sorted(numbers) == [n for n in range(41) if n != 5]
+    assert "encode_sample returned None: return the result, or raise SkipSample" in caplog.text
+
+
+def test_groups_that_never_get_full_are_an_error_not_a_leak(folder: Path) -> None:
+    class Unique(Numbers):
+        def batch_group_criterion(self, sample: int) -> tuple[object, int]:
+            return object(), 2
+
+    with pytest.raises(FatalSampleError, match="none of its groups gets full"):
+        next(iter(train(folder, task_encoder=Unique())))

@@ -110,6 +110,23 @@ def test_without_batches_a_sample_is_made_again_too(folder: Path) -> None:
         assert again["__key__"] == sample["__key__"]
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        (),
+        "00001",
+        ("batch", 0, 0),
+        ("sample", 0, 999, 0),
+        ("sample", 0, 1, 99),
+        ("batch", 0, 1, ((((0, 999), 0, None), 0, None), 5)),
+    ],
+)
+def test_a_key_of_nothing_is_refused(folder: Path, key: Any) -> None:
+    dataset = make(folder, Encoder(), repeat=False).dataset
+    with pytest.raises(StateError, match="no sample or batch of this dataset"):
+        dataset.restore_sample(key)
+
+
 class Indices(DefaultTaskEncoder[Any, Any, Any, Any]):
     @stateless
     def encode_sample(self, sample: Any) -> tuple[int, int]:

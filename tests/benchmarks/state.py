@@ -9,9 +9,9 @@ For a shuffle buffer and for a packing buffer of 1000 samples:
 
 Data are small captioned pictures, made on the spot. With --peer-python the published
 megatron-energon does the same on them in the same rounds, in turn with this package. Its loader
-without states is its `get_loader`, the one with states its `get_savable_loader`. This package always
-keeps states; for the comparison they are taken out of its streams. Each round is a new process, and
-what is printed are medians over the rounds.
+without states is its `get_loader`, the one with states its `get_savable_loader`. This package keeps
+states always; for the comparison they are taken out of its streams. Each round is a new process,
+and what is printed are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--samples", type=int, default=4000, help="pictures in the dataset (default: %(default)s)")
     add("--buffer", type=int, default=1000, help="size of the buffers (default: %(default)s)")
     add("--workers", type=int, default=2, help="for all but the slowdown (default: %(default)s)")
-    add("--segments", type=int, default=4, help="buffers timed for the slowdown (default: 4)")
+    add("--turns", type=int, default=8, help="buffers timed for the slowdown (default: 8)")
     add("--rounds", type=int, default=5, help="processes of each package (default: %(default)s)")
     add(
         "--peer-python",
@@ -102,13 +102,13 @@ def make_dataset(folder: Path, samples: int, shards: int = 8) -> None:
 
 def in_new_process(python: str, package: str, folder: str, options: Any) -> Any:
     command = [python, __file__, "--measure", package, folder]
-    for name in ("samples", "buffer", "workers", "segments"):
+    for name in ("samples", "buffer", "workers", "turns"):
         command += [f"--{name}", str(getattr(options, name))]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"measuring {package} with {python} failed, see above")
+        raise SystemExit(f"measuring {package} with {python} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -121,7 +121,7 @@ def measure(package: str, folder: str, options: Any) -> dict[str, Any]:
 
 def measure_one(package: str, folder: str, load: str, options: Any) -> dict[str, float]:
     energon = importlib.import_module(package)
-    segment = -(-options.buffer // BATCH)  # batches: a packing buffer is filled once in each
+    length = -(-options.buffer // BATCH)  # batches: a packing buffer is filled once in each
 
     def dataset(workers: int) -> Any:
         config = energon.WorkerConfig(rank=0, world_size=1, num_workers=workers)
@@ -138,7 +138,7 @@ def measure_one(package: str, folder: str, load: str, options: Any) -> dict[str,
 
     loader = energon.get_savable_loader(dataset(options.workers))
     batches, saving = iter(loader), []
-    for _ in range(segment * 3 // 2):  # into the middle of a buffer
+    for _ in range(length * 3 // 2):  # into the middle of a buffer
         next(batches)
     for _ in range(SAVES):
         next(batches)
@@ -157,15 +157,15 @@ def measure_one(package: str, folder: str, load: str, options: Any) -> dict[str,
 
     kept = iter(energon.get_savable_loader(dataset(0)))
     bare = without_states(energon, dataset(0))
-    seconds = alternately(kept, bare, segment, options.segments)
+    turns = alternately(kept, bare, length, options.turns)
     size = len(json.dumps(plain(state)))
     return {
         "state_bytes": size,
         "state_bytes_per_lane": size / max(options.workers, 1),
         "save_ms": 1e3 * statistics.median(saving),
         "first_batch_ms": 1e3 * resuming,
-        "us_per_sample": 1e6 * seconds[0] / BATCH,
-        "slowdown_percent": 100 * (seconds[0] / seconds[1] - 1),
+        "cpu_us_per_sample": 1e6 * statistics.median(a for a, _ in turns) / BATCH,
+        "slowdown_percent": 100 * (statistics.median(a / b for a, b in turns) - 1),
     }
 
 
@@ -186,17 +186,18 @@ def task_encoder(energon: Any) -> Any:
     return Encoder()
 
 
-def alternately(kept: Any, bare: Any, length: int, segments: int) -> tuple[float, float]:
-    """CPU seconds of a batch from each of the two, ``length`` batches at a time."""
-    spent: tuple[list[float], list[float]] = ([], [])
-    for number in range(segments + 1):
+def alternately(kept: Any, bare: Any, length: int, turns: int) -> list[tuple[float, float]]:
+    """CPU seconds of a batch from each of the two, which take turns of ``length`` batches."""
+    spent = []
+    for number in range(turns + 1):
+        seconds = [0.0, 0.0]
         for which in (0, 1) if number % 2 else (1, 0):
             start = time.process_time()
             for _ in itertools.islice((kept, bare)[which], length):
                 pass
-            if number:  # the first is for warming up
-                spent[which].append((time.process_time() - start) / length)
-    return statistics.median(spent[0]), statistics.median(spent[1])
+            seconds[which] = (time.process_time() - start) / length
+        spent.append((seconds[0], seconds[1]))
+    return spent[1:]  # the first was for warming up
 
 
 def without_states(energon: Any, dataset: Any) -> Iterator[Any]:
@@ -235,7 +236,7 @@ def plain(state: Any) -> Any:
         return [plain(part) for part in state]
     if hasattr(state, "tolist"):  # arrays, tensors
         return state.tolist()
-    return state if isinstance(state, str | int | float | bool | None) else vars(state)
+    return state.hex() if isinstance(state, bytes) else state
 
 
 # --- what is printed ------------------------------------------------------------------------------
