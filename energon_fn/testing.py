@@ -30,11 +30,11 @@ import torch
 from PIL import Image
 
 from energon_fn import checkpoint, position, seeds
-from energon_fn.pipeline import Dataset
 from energon_fn.errors import StateError
 from energon_fn.guard import describe
 from energon_fn.lanes import WorkerConfig
 from energon_fn.loader import Loader, get_loader
+from energon_fn.pipeline import Dataset
 from energon_fn.task_encoder import METHODS, marks_of, method_of
 
 Layout = tuple[int, int]

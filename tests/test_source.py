@@ -23,8 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from energon_fn.disk import files, index
-from energon_fn.disk.index import index_shards, split_name, write_index
+from energon_fn.disk.index import write_index
 from energon_fn.disk.source import NEAR, Segment, Source, open_source
+from energon_fn.disk.tars import index_shards, split_name
 from energon_fn.errors import DatasetError
 from energon_fn.samples import CaptioningSample, SourceInfo
 

@@ -26,8 +26,8 @@ from energon_fn.disk.fields import (
     sample_fields,
     sample_type_named,
 )
-from energon_fn.disk.index import index_shard
 from energon_fn.disk.prepare import guess_field_map, split_by_ratio
+from energon_fn.disk.tars import index_shard
 from energon_fn.errors import DatasetError, SampleError
 from energon_fn.samples import BOOKKEEPING, SAMPLE_TYPES
 

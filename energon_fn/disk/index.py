@@ -1,6 +1,6 @@
 """Where every sample lies: a shard is walked once, and from then on read by offset.
 
-:func:`index_shard` walks a tar. :func:`write_index` keeps what it found in the SQLite file that
+:func:`write_index` keeps what :mod:`energon_fn.disk.tars` found in the SQLite file that
 megatron-energon 7 has in ``.nv-meta/index.sqlite`` (its schema, as found by preparing a dataset)::
 
     samples(tar_file_id, sample_key, sample_index, byte_offset, byte_size)
@@ -10,7 +10,8 @@ megatron-energon 7 has in ``.nv-meta/index.sqlite`` (its schema, as found by pre
 that was not prepared gets such a file in the user's cache folder (:func:`cached_index`).
 :class:`Index` reads either.
 
->>> import tempfile, tarfile, io, os
+>>> import tempfile, tarfile, io
+>>> from energon_fn.disk.tars import index_shard
 >>> folder = tempfile.TemporaryDirectory()
 >>> with tarfile.open(folder.name + "/0.tar", "w") as tar:
 ...     for name in ("a/1.jpg", "a/1.detail.json", "a/2.jpg"):
@@ -34,25 +35,17 @@ from __future__ import annotations
 
 import hashlib
 import io
-import multiprocessing
 import os
-import re
-import signal
 import sqlite3
-import struct
 import sys
 import tarfile
 import threading
 import time
-import zlib
 from array import array
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -60,18 +53,14 @@ from urllib.parse import quote
 from tqdm import tqdm
 
 from energon_fn.disk import files
+from energon_fn.disk.tars import TAR_BLOCK, Part, ShardIndex, index_shards
 from energon_fn.errors import DatasetError, logger
-
-Part = tuple[str, int, int]
-"""Part name, offset and size in bytes of its content in the (decompressed) shard."""
 
 Entry = tuple[str, tuple[Part, ...]]
 """A sample's key and its parts, in the order of the tar."""
 
 BLOCK = 128  # samples that one query fetches
 _KEPT_BLOCKS = 1024  # about 16 MB if samples have two parts
-_TAR_BLOCK = 512
-_MAX_PADDING = 2**20  # zeros behind the end of a tar that are looked through
 _CACHE_LIFETIME = 30 * 86400.0  # seconds after its last use that an index of other times is kept
 
 _SCHEMA = """
@@ -106,182 +95,6 @@ _SELECT_PARTS = """SELECT sample_index, part_name, content_byte_offset, content_
 _SELECT_END = """SELECT byte_offset + byte_size FROM samples WHERE tar_file_id = ?
     ORDER BY sample_index DESC LIMIT 1"""
 _PREPARE_AGAIN = "Prepare the dataset again: `energon-fn prepare {root}`."
-
-
-# ---------------------------------------------------------------------------------- walking a tar
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """What lies where in one shard, all sequences in the order of the tar.
-
-    ``name`` is the shard's name relative to the dataset, ``offsets`` has one number more than
-    there are samples: each sample's first header and, last, the end of the last sample (what
-    megatron-energon keeps in ``.tar.idx``). All offsets are bytes of the decompressed stream.
-    """
-
-    name: str
-    keys: list[str]
-    offsets: list[int]
-    parts: list[tuple[Part, ...]]
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-
-def split_name(name: str) -> tuple[str, str] | None:
-    """Key and part name of a file in a tar, or None for a file that belongs to no sample.
-
-    The key ends at the first dot of the base name. Files without a dot, files that begin with one
-    and those in a folder or of a name like ``__meta__`` are no parts (as in webdataset).
-
-    >>> split_name("a.b/0001.detail.json"), split_name("0001"), split_name(".hidden.txt")
-    (('a.b/0001', 'detail.json'), None, None)
-    """
-    found = _PART.match(name)
-    return None if found is None or _META.match(name) else (found[1], found[2])
-
-
-_PART = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)\Z")
-_META = re.compile(r"__[^/]*__(?:$|/)")
-
-
-def index_shard(path: str | os.PathLike[str], name: str | None = None) -> ShardIndex:
-    """Walk one ``.tar``, ``.tar.gz`` or ``.tgz`` from header to header.
-
-    A sample is a run of files with the same key. ``name`` is the shard's name relative to its
-    dataset (the file's own name unless given). Raises :class:`DatasetError` if the tar is cut
-    short, damaged, not a tar, or holds what cannot be read by offset.
-    """
-    path = os.fspath(path)
-    shard = ShardIndex(os.path.basename(path) if name is None else name, [], [], [])
-    keys, offsets = shard.keys, shard.offsets
-    parts: list[Part] = []
-
-    links = 0
-
-    def broken(why: object) -> DatasetError:
-        # The last one begun may lack parts.
-        last = f"the last whole sample is {keys[-2]!r}" if len(keys) > 1 else "no sample is whole"
-        return DatasetError(f"{path}: {why}; {last}. Copy or write the shard again, or exclude it.")
-
-    with files.open_stream(path) as stream:
-        try:
-            tar: Any = tarfile.TarFile(fileobj=stream)
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # tarfile would keep every header of the shard
-                split = split_name(member.name)
-                if split is None or not member.isreg():
-                    links += split is not None and (member.islnk() or member.issym())
-                    continue
-                if member.issparse():
-                    raise broken(f"{member.name} is a sparse file, which has no bytes to read")
-                if not keys or keys[-1] != split[0]:
-                    if keys:
-                        shard.parts.append(tuple(parts))
-                    parts = []
-                    keys.append(split[0])
-                    offsets.append(member.offset)
-                parts.append((split[1], member.offset_data, member.size))
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            raise broken(error) from error
-        if keys:
-            shard.parts.append(tuple(parts))
-        # tarfile takes damage in the middle for the end, so look at what it stopped at.
-        stream.seek(tar.offset)
-        rest = stream.read(_MAX_PADDING)
-    if len(rest) < _TAR_BLOCK:
-        raise broken(
-            "it ends without an end-of-archive marker, so it was cut short (if it is known to be "
-            "whole, append 1024 zero bytes)"
-        )
-    if any(rest[:_TAR_BLOCK]):
-        raise broken(f"byte {tar.offset} is not a tar header")
-    if rest.strip(b"\0"):
-        logger.warning(
-            "%s has data behind its end-of-archive marker at byte %d (tars that were "
-            "concatenated?): it is not read",
-            path,
-            tar.offset,
-        )
-    if links:
-        logger.warning(
-            "%s: %d links are not read as parts of samples. Write the shard with what "
-            "they point to (GNU tar: --dereference --hard-dereference)",
-            path,
-            links,
-        )
-    offsets.append(tar.offset)
-    _check_text(path, shard)
-    return shard
-
-
-def index_shards(
-    root: str | os.PathLike[str], names: Sequence[str], workers: int | None = None
-) -> Iterator[ShardIndex]:
-    """Walk many shards, ``workers`` at a time (one per processor unless given), in order of names.
-
-    In processes where that is safe (no thread but this one, so that nobody holds a lock when they
-    are forked), else in threads. They start at once, and are at most two shards per worker ahead
-    of whoever takes the results.
-
-    >>> list(index_shards("/", []))
-    []
-    """
-    workers = min(workers or os.cpu_count() or 1, len(names))
-    tasks = iter([(os.path.join(root, name), name) for name in names])
-    if workers <= 1:
-        return (index_shard(*task) for task in tasks)
-    may_fork = (
-        "fork" in multiprocessing.get_all_start_methods()
-        and threading.active_count() == 1
-        and not multiprocessing.current_process().daemon
-    )
-    pool: Executor = (
-        ProcessPoolExecutor(
-            workers,
-            mp_context=multiprocessing.get_context("fork"),
-            initializer=signal.signal,  # Ctrl-C ends them; it is this process that tells of it
-            initargs=(signal.SIGINT, signal.SIG_DFL),
-        )
-        if may_fork
-        else ThreadPoolExecutor(workers)
-    )
-    # The first are submitted here, and so the processes forked before a progress bar has a thread.
-    ahead = deque(pool.submit(index_shard, *task) for task in islice(tasks, 2 * workers))
-
-    def results() -> Iterator[ShardIndex]:
-        try:
-            while ahead:
-                yield ahead.popleft().result()
-                ahead.extend(pool.submit(index_shard, *task) for task in islice(tasks, 1))
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    return results()
-
-
-def _check_text(path: str, shard: ShardIndex) -> None:
-    """SQLite and YAML hold Unicode; tarfile marks bytes that are none as lone surrogates."""
-    names = [shard.keys, [part[0] for sample in shard.parts for part in sample]]
-    for name in ("\0".join(group) for group in names):
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
-            around = name[max(0, error.start - 40) : error.start + 10]
-            raise DatasetError(
-                f"{path}: a file name near {around!r} is not UTF-8. Write the shard again with "
-                "UTF-8 names."
-            ) from error
-
-
-def idx_bytes(shard: ShardIndex) -> bytes:
-    """The content of megatron-energon's ``.tar.idx``: the offsets as little-endian uint64.
-
-    >>> idx_bytes(ShardIndex("0.tar", ["a"], [0, 1024], [()])).hex()
-    '00000000000000000004000000000000'
-    """
-    return struct.pack(f"<{len(shard.offsets)}Q", *shard.offsets)
 
 
 # ------------------------------------------------------------------------------ writing the index
@@ -560,7 +373,7 @@ class Index:
         """
         path = os.path.join(self.root, self.shards[shard])
         size = files.stream_size(path)
-        fits = size >= end and not any(files.read_at(path, end, min(_TAR_BLOCK, size - end)))
+        fits = size >= end and not any(files.read_at(path, end, min(TAR_BLOCK, size - end)))
         for at, (key, parts) in samples:
             fits = fits and _is_at(path, at, f"{key}.{parts[0][0]}", *parts[0][1:])
         if not fits:

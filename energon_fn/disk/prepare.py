@@ -31,7 +31,7 @@ from typing import Any
 from energon_fn.disk import files
 from energon_fn.disk.braces import expand_braces
 from energon_fn.disk.fields import required_fields, sample_fields, sample_type_named
-from energon_fn.disk.index import ShardIndex, idx_bytes, index_shards, write_index
+from energon_fn.disk.index import write_index
 from energon_fn.disk.metadata import (
     DATASET_YAML,
     INFO_JSON,
@@ -43,6 +43,7 @@ from energon_fn.disk.metadata import (
     split_text,
     write_dataset_config,
 )
+from energon_fn.disk.tars import ShardIndex, idx_bytes, index_shards
 from energon_fn.errors import DatasetError, logger
 from energon_fn.samples import BOOKKEEPING
 

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 from toolz import identity
 
 from energon_fn.disk import files, metadata
-from energon_fn.disk.index import Index, Part, cached_index, has_parts
+from energon_fn.disk.index import Index, cached_index, has_parts
 from energon_fn.disk.metadata import every_part
+from energon_fn.disk.tars import Part
 from energon_fn.errors import DatasetError, logger
 from energon_fn.samples import SourceInfo
 
