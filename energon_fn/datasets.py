@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from energon_fn import plan
 from energon_fn.decoding import decoder as make_decoder
@@ -17,6 +17,21 @@ Path = str | os.PathLike[str]
 DEFAULT_DECODER: Any = object()  # the task encoder's, or by image_decode; None means none
 
 
+class Options(TypedDict, total=False):
+    """What training and validation have in common; see :func:`get_dataset`."""
+
+    batch_drop_last: bool
+    packing_buffer_size: int | None
+    task_encoder: TaskEncoder[Any, Any, Any, Any] | None
+    worker_config: WorkerConfig | None
+    image_decode: str
+    auto_decode: bool
+    decoder: Decoder | None
+    dataset_config: str
+    split_config: str
+    trust_dataset_code: bool
+
+
 def get_train_dataset(
     path: Path,
     *,
@@ -26,7 +41,7 @@ def get_train_dataset(
     virtual_epoch_length: int = 0,
     repeat: bool = True,
     split_part: str = "train",
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Dataset[Any]:
     """The dataset for training: shuffled, and without an end unless ``repeat=False``.
 
@@ -37,9 +52,6 @@ def get_train_dataset(
     virtual_epoch_length: batches of one iteration on each rank; 0: no end, or the dataset's.
     The other options are those of :func:`get_dataset`.
     """
-    virtual_epoch_length = whole(
-        "virtual_epoch_length", virtual_epoch_length, 0, otherwise=", 0 to switch it off"
-    )
     return get_dataset(
         path,
         split_part=split_part,
@@ -48,8 +60,7 @@ def get_train_dataset(
         shuffle_buffer_size=shuffle_buffer_size,
         max_samples_per_sequence=max_samples_per_sequence,
         repeat=repeat,
-        length=virtual_epoch_length or None,
-        virtual=bool(virtual_epoch_length),
+        virtual_epoch_length=virtual_epoch_length,
         **options,
     )
 
@@ -60,14 +71,14 @@ def get_val_dataset(
     batch_size: int | None,
     limit: int | None = None,
     split_part: str = "val",
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Dataset[Any]:
     """The dataset for validation: in the dataset's order, every sample once.
 
     limit: batches of one iteration on each rank at most; None: all.
     The other options are those of :func:`get_dataset`.
     """
-    return get_dataset(path, split_part=split_part, batch_size=batch_size, length=limit, **options)
+    return get_dataset(path, split_part=split_part, batch_size=batch_size, limit=limit, **options)
 
 
 def get_val_datasets(path: Path, **options: Any) -> list[tuple[Dataset[Any], Source]]:
@@ -85,8 +96,8 @@ def get_dataset(
     shuffle_buffer_size: int | None = None,
     max_samples_per_sequence: int | None = None,
     repeat: bool = False,
-    length: int | None = None,
-    virtual: bool = False,
+    virtual_epoch_length: int = 0,
+    limit: int | None = None,
     batch_drop_last: bool = False,
     packing_buffer_size: int | None = None,
     task_encoder: TaskEncoder[Any, Any, Any, Any] | None = None,
@@ -121,7 +132,15 @@ def get_dataset(
     shuffle_buffer_size = size("shuffle_buffer_size", shuffle_buffer_size)
     max_samples_per_sequence = size("max_samples_per_sequence", max_samples_per_sequence)
     packing_buffer_size = size("packing_buffer_size", packing_buffer_size)
-    length = size("limit", length)
+    limit = size("limit", limit)
+    virtual_epoch_length = whole(
+        "virtual_epoch_length", virtual_epoch_length, 0, otherwise=", 0 to switch it off"
+    )
+    if virtual_epoch_length and limit is not None:
+        raise ValueError(
+            f"virtual_epoch_length is {virtual_epoch_length} and limit is {limit}: give one of "
+            "them, both say how many batches an iteration has"
+        )
     if not isinstance(path, str | os.PathLike):
         raise TypeError(
             f"path is {path!r}; it must be one string or pathlib.Path: a folder, a file, or a "
@@ -172,8 +191,8 @@ def get_dataset(
         batch_size=batch_size,
         batch_drop_last=batch_drop_last,
         packing_buffer_size=packing_buffer_size,
-        length=length,
-        virtual=virtual,
+        length=virtual_epoch_length or limit,
+        virtual=bool(virtual_epoch_length),
     )
 
 

@@ -1303,11 +1303,11 @@ def test_get_dataset_does_neither_shuffle_nor_repeat_unless_told(folder: Path) -
     endless = first(shuffle=True, repeat=True, max_samples_per_sequence=1)
     assert endless[:12] == shuffled != endless[12:]
     assert sorted(endless[12:]) == order
-    assert first(length=5) == order[:5]
+    assert first(limit=5) == order[:5]
     virtual = get_loader(
         get_dataset(
             folder, batch_size=1, worker_config=here(), task_encoder=Numbers(), repeat=True,
-            length=7, virtual=True,
+            virtual_epoch_length=7,
         )
     )  # fmt: skip
     assert [[n for [n] in virtual] for _ in range(3)] == [
