@@ -9,7 +9,6 @@ name, so nothing is left behind whoever is killed when; it is freed with the las
 from __future__ import annotations
 
 import io
-import mmap
 import os
 import pickle
 import struct
@@ -110,8 +109,11 @@ def receive(source: socket) -> Any:
     if not files:
         raise EOFError("the other side ended in the middle of a message")
     try:
+        # Mapped by torch, since Python's mmap would keep a descriptor for every batch that is held.
         whole = sum(size + -size % ALIGNED for size in sizes)
-        memory = memoryview(mmap.mmap(files[0], whole, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))
+        storage: Any = torch.UntypedStorage.from_file(f"/proc/self/fd/{files[0]}", True, whole)
+        bytes_there: Any = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+        memory = memoryview(bytes_there)
     finally:
         os.close(files[0])
     buffers, start = [], 0

@@ -1,7 +1,9 @@
 """Messages arrive as they were sent, in memory of the receiver's own."""
 
+import gc
 import os
 import threading
+from pathlib import Path
 from socket import socket, socketpair
 from typing import Any
 
@@ -73,12 +75,17 @@ def test_a_thing_that_is_there_twice_stays_one_thing() -> None:
     assert first is second
 
 
-def test_no_descriptor_stays_open_once_the_tensors_are_gone() -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    found = [through(torch.zeros(100_000)) for _ in range(5)]
-    assert len(os.listdir("/proc/self/fd")) <= before + 5
+def test_no_descriptor_stays_open_and_the_memory_goes_with_the_tensors() -> None:
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count("memfd:energon_fn")
+
+    before = len(os.listdir("/proc/self/fd")), mapped()
+    found = [through([torch.zeros(100_000), np.zeros(100_000)]) for _ in range(5)]
+    assert len(os.listdir("/proc/self/fd")) == before[0]
+    assert mapped() == before[1] + 5
     del found
-    assert len(os.listdir("/proc/self/fd")) == before
+    gc.collect()
+    assert mapped() == before[1]
 
 
 def test_the_end_of_the_other_side_is_told_wherever_it_comes() -> None:
