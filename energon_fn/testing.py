@@ -140,6 +140,7 @@ def check_resume(
         finally:
             for loader in loaders:
                 loader.close()
+        assert done, f"{how}: no batch comes"
         return states
 
     def compare(turn: Turn, how: str, state: Any, otherwise: str) -> None:
@@ -158,7 +159,6 @@ def check_resume(
         for layout in layouts:
             how = f"from the beginning with {_named(layout)}, not {_named(reference)}"
             saved[layout] = walk(layout, batches, how)
-            assert expected, "the pipeline gives no batches"
         points = [*range(1, min(11, batches)), *range(11, batches, every)]
         for n, point in enumerate(points):
             here = layouts[n % len(layouts)]

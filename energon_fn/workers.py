@@ -180,9 +180,10 @@ class Pool:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         if not self._restarts:
             raise WorkerError(
-                f"worker {number} (process {process.pid}) {how} and no restarts are left. If it "
-                "ran out of memory, take fewer workers or a smaller prefetch_factor or "
-                "packing_buffer_size; max_worker_restarts sets how many deaths are made good."
+                f"worker {number} (process {process.pid}) {how} and no restarts are left. What it "
+                "printed may say why. If it ran out of memory, take fewer workers or a smaller "
+                "prefetch_factor or packing_buffer_size; max_worker_restarts sets how many deaths "
+                "are made good."
             )
         self._restarts -= 1
         logger.warning(

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import os
 import pickle
 import random
@@ -133,7 +134,21 @@ def test_what_cannot_go_to_a_new_interpreter_is_told(folder: Path) -> None:
 def test_a_loader_of_another_layout_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="with world_size 2 and made a loader with 1: give it to"):
         check_resume(lambda config: train(folder), layouts=[(2, 0)])
-    with pytest.raises(AssertionError, match="gives no batches"):
+
+
+def test_no_batches_are_not_taken_for_the_same_batches(folder: Path) -> None:
+    class Nothing(Numbers):
+        def encode_sample(self, sample: Any) -> int:
+            raise SkipSample
+
+    made = itertools.count()
+
+    def once(config: WorkerConfig) -> Any:
+        return val(folder, config, task_encoder=Nothing() if next(made) else Numbers())
+
+    with pytest.raises(AssertionError, match=r"with 1 rank and 1 worker, not .*: no batch comes"):
+        check_resume(once, **FEW)
+    with pytest.raises(AssertionError, match="no batch comes"):
         check_resume(lambda config: val(folder, config, batch_size=99, batch_drop_last=True))
 
 

@@ -30,7 +30,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ WORKLOADS = ("shuffle", "packing")
 BATCH = 20  # samples
 PACK = 4  # samples
 SAVES = 20
+Make = Callable[[], Iterator[Any]]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,8 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--samples", type=int, default=4000, help="pictures in the dataset (default: %(default)s)")
     add("--buffer", type=int, default=1000, help="size of the buffers (default: %(default)s)")
     add("--workers", type=int, default=2, help="for all but the slowdown (default: %(default)s)")
-    add("--turns", type=int, default=8, help="buffers timed for the slowdown (default: 8)")
-    add("--rounds", type=int, default=5, help="processes of each package (default: %(default)s)")
+    add("--turns", type=int, default=10, help="pairs timed for the slowdown (default: 10)")
+    add("--rounds", type=int, default=3, help="processes of each package (default: %(default)s)")
     add(
         "--peer-python",
         metavar="PYTHON",
@@ -61,7 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--measure", nargs=2, metavar=("PACKAGE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.measure:
-        print(json.dumps(measure(*options.measure, options)))
+        package, folder = options.measure
+        print(json.dumps(measure(package, folder, options)))
         return
     pythons = {"energon_fn": sys.executable}
     if options.peer_python:
@@ -156,9 +158,12 @@ def measure_one(package: str, folder: str, load: str, options: Any) -> dict[str,
     resuming = time.perf_counter() - start
     del batches, loader
 
-    kept = iter(energon.get_savable_loader(dataset(0)))
-    bare = without_states(energon, dataset(0))
-    turns = alternately(kept, bare, length, options.turns)
+    turns = alternately(
+        lambda: iter(energon.get_savable_loader(dataset(0))),
+        lambda: without_states(energon, dataset(0)),
+        length,
+        options.turns,
+    )
     size = len(json.dumps(plain(state)))
     return {
         "state_bytes": size,
@@ -188,18 +193,23 @@ def task_encoder(energon: Any) -> Any:
     return Encoder()
 
 
-def alternately(kept: Any, bare: Any, length: int, turns: int) -> list[tuple[float, float]]:
-    """CPU seconds of a batch from each of the two, which take turns of ``length`` batches."""
+def alternately(kept: Make, bare: Make, length: int, turns: int) -> list[tuple[float, float]]:
+    """CPU seconds of a batch from each of the two, by turns.
+
+    Made anew for every turn: where things happen to lie in memory is worth some percents.
+    """
     spent = []
-    for number in range(turns + 1):
+    for turn in range(turns):
         seconds = [0.0, 0.0]
-        for which in (0, 1) if number % 2 else (1, 0):
+        for which in (0, 1) if turn % 2 else (1, 0):
+            batches = (kept, bare)[which]()
+            next(batches)
             start = time.process_time()
-            for _ in itertools.islice((kept, bare)[which], length):
+            for _ in itertools.islice(batches, length):
                 pass
             seconds[which] = (time.process_time() - start) / length
         spent.append((seconds[0], seconds[1]))
-    return spent[1:]  # the first was for warming up
+    return spent
 
 
 def without_states(energon: Any, dataset: Any) -> Iterator[Any]:
