@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any, TypedDict, Unpack
 
 from energon_fn import plan
 from energon_fn.decoding import decoder as make_decoder
 from energon_fn.disk.source import Source, open_source
-from energon_fn.errors import DatasetError
+from energon_fn.errors import DatasetError, logger
 from energon_fn.lanes import WorkerConfig, default_worker_config, whole
 from energon_fn.pipeline import Dataset, Decoder
 from energon_fn.task_encoder import METHODS, DefaultTaskEncoder, TaskEncoder, method_of
@@ -52,6 +55,7 @@ def get_train_dataset(
     virtual_epoch_length: batches of one iteration on each rank; 0: no end, or the dataset's.
     The other options are those of :func:`get_dataset`.
     """
+    _check_names(get_train_dataset, options)
     return get_dataset(
         path,
         split_part=split_part,
@@ -78,13 +82,29 @@ def get_val_dataset(
     limit: batches of one iteration on each rank at most; None: all.
     The other options are those of :func:`get_dataset`.
     """
+    _check_names(get_val_dataset, options)
     return get_dataset(path, split_part=split_part, batch_size=batch_size, limit=limit, **options)
 
 
 def get_val_datasets(path: Path, **options: Any) -> list[tuple[Dataset[Any], Source]]:
     """:func:`get_val_dataset` for each of the datasets at ``path``, with the source it reads."""
+    _check_names(get_val_datasets, options, get_val_dataset)
     dataset = get_val_dataset(path, **options)
     return [(dataset, dataset.source)]
+
+
+def _check_names(
+    function: Callable[..., Any],
+    options: Mapping[str, Any],
+    like: Callable[..., Any] | None = None,
+) -> None:
+    """Raise TypeError for an option that the function, or the one it is like, does not have."""
+    named = [name for each in (function, like or function) for name in signature(each).parameters]
+    known = {*named, *Options.__annotations__} - {"options"}
+    for name in options.keys() - known:
+        near = get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(sorted(known))}"
+        raise TypeError(f"{function.__name__}() has no argument {name!r}{hint}")
 
 
 def get_dataset(
@@ -165,6 +185,8 @@ def get_dataset(
             f"{path}: the split part {split_part!r} has no samples, so repeating it never gives "
             "one. Prepare the dataset with another split, or ask for another split_part."
         )
+    if not len(source):
+        logger.warning(f"{path}: the split part {split_part!r} has no samples")
     if decoder is DEFAULT_DECODER:
         own = getattr(encoder, "decoder", None)
         decoder = (own or make_decoder(image_decode)) if auto_decode else None
@@ -212,6 +234,14 @@ def check_task_encoder(encoder: Any, packing_buffer_size: int | None) -> None:
             "select_samples_to_pack: write it and pack_selected_samples, or leave "
             "packing_buffer_size out"
         )
+    if packing_buffer_size is None and "select_samples_to_pack" in has:
+        logger.warning(
+            f"{name} has select_samples_to_pack, but packing_buffer_size is not given: nothing is "
+            "packed"
+        )
+    for own in {each for base in type(encoder).__mro__ for each in vars(base)} - {*METHODS}:
+        if not own.startswith("_") and (near := get_close_matches(own, METHODS, 1, 0.9)):
+            logger.warning(f"{name} has {own}, which is never called: did you mean {near[0]}?")
     if "encode_sample" in has and has & {"preencode_sample", "postencode_sample"}:
         raise TypeError(
             f"{name} has encode_sample (or the encoded_sample_type that it is to give) and also "

@@ -74,14 +74,27 @@ class WorkerError(Exception):
 def log_exception(
     exception: Exception, sample: Any = None, sources: tuple[Any, ...] | None = None
 ) -> None:
-    """Log the exception with its traceback and go on with the next sample (the default handler).
+    """Log the exception and go on with the next sample (the default handler).
+
+    What is wrong with a sample is one line. An exception of a user's function comes with its
+    traceback the first time that a process meets it at its place in the code, then as one line.
 
     >>> log_exception(ValueError("bad pixel"))  # goes to the logger "energon_fn"
     """
+    trace = exception.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = type(exception), trace and (trace.tb_frame.f_code, trace.tb_lineno)
     notes = " ".join(getattr(exception, "__notes__", ()))
+    told = isinstance(exception, SampleError) or place in _told
+    _told.add(place)
     logger.error(
-        "sample dropped: %s: %s %s", type(exception).__name__, exception, notes, exc_info=exception
+        f"sample dropped: {type(exception).__name__}: {exception} {notes}",
+        exc_info=None if told else exception,
     )
+
+
+_told: set[object] = set()
 
 
 def reraise_exception(

@@ -267,6 +267,10 @@ def get_loader(
     the stage and the Python stack it is in, and started again; None: never.
     fail_on_timeout: raise :class:`~energon_fn.WorkerError` instead of starting it again.
     """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"get_loader takes a dataset, not {dataset!r}: get_loader(get_train_dataset(...))"
+        )
     if prefetch_factor < 1:
         raise ValueError(f"prefetch_factor is {prefetch_factor}; it must be 1 or more")
     if worker_config is not None:

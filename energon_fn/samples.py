@@ -291,6 +291,14 @@ class VidQASample(Sample):
 class CrudeSample(dict[str, Any]):
     """A sample as it lies in the tar: part name -> decoded part, and the bookkeeping fields."""
 
+    def __getattr__(self, name: str) -> Any:
+        parts = [part for part in self if not part.startswith("__")]
+        raise AttributeError(
+            f"a crude sample has no attribute {name!r}; it is a dict with the parts "
+            f"{', '.join(parts)}: sample['json'], say. For samples with fields write a cooker (see "
+            "Cooker), or prepare the dataset with a sample type (energon-fn prepare)."
+        )
+
 
 SAMPLE_TYPES: dict[str, type] = {
     sample_type.__name__: sample_type

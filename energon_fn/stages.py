@@ -323,7 +323,13 @@ def _selected(select: Callable[[list[T]], Iterable[list[T]]], buffer: list[T]) -
                 "the function that selects samples to pack returned None: return the groups, a "
                 "list of lists, or yield them"
             )
-        yield from groups
+        for group in groups:
+            if not isinstance(group, list | tuple):
+                raise TypeError(
+                    f"the function that selects samples to pack gave a {type(group).__name__} "
+                    "where a group of samples is due: return a list of lists"
+                )
+            yield list(group)
     except SkipSample:
         return
 

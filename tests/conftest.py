@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from energon_fn import errors
+
 # Where tests are run in the background, Ctrl-C is ignored; some of them press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -55,6 +57,12 @@ def shards(
         write_tar(folder / names[-1], [(f"{i:05d}", parts(i)) for i in range(n, n + count)])
         n += count
     return names
+
+
+@pytest.fixture(autouse=True)
+def _nothing_told_yet() -> None:
+    """Each test gets the traceback of its first failure."""
+    errors._told.clear()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1644,3 +1644,48 @@ def test_the_plan_tells_where_a_batch_begins(
         for done in range(14):
             stream = dataset.lane_stream(lane)(dataset.lane_state(lane, done))
             assert [batch for batch, _ in islice(stream, 14 - done)] == whole[done:]
+
+
+def test_what_would_be_ignored_is_warned_of(
+    folder: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    class Misspelt(Numbers):
+        def encode_sampel(self, sample: Any) -> Any:
+            return sample
+
+        def select_samples_to_pack(self, samples: list[Any]) -> list[list[Any]]:
+            return [samples]
+
+        def pack_selected_samples(self, samples: list[Any]) -> Any:
+            return samples
+
+    get_train_dataset(folder, batch_size=1, worker_config=here(), task_encoder=Misspelt())
+    assert "encode_sampel, which is never called: did you mean encode_sample?" in caplog.text
+    assert "packing_buffer_size is not given: nothing is packed" in caplog.text
+    caplog.clear()
+    shards(tmp_path, (2, 2))
+    prepare_dataset(tmp_path, ["shard_000.tar", "shard_001.tar"],
+                    split_parts_ratio=[("train", 8), ("val", 1), ("test", 1)])  # fmt: skip
+    assert "2 shards are too few for train 8, val 1, test 1: val got none" in caplog.text
+    write_dataset_config(tmp_path, None)
+    get_val_dataset(tmp_path, batch_size=1, worker_config=here())
+    assert "the split part 'val' has no samples" in caplog.text
+
+
+@pytest.mark.parametrize("getter", [get_train_dataset, get_val_dataset, get_val_datasets])
+def test_a_misspelt_argument_is_named_with_the_function_and_its_neighbour(
+    folder: Path, getter: Any
+) -> None:
+    name = rf"{getter.__name__}\(\) has no argument 'batch_drop_lost'; did you mean batch_drop_last"
+    with pytest.raises(TypeError, match=name):
+        getter(folder, batch_size=1, batch_drop_lost=True)
+
+
+def test_a_crude_sample_says_what_it_has() -> None:
+    with pytest.raises(AttributeError, match="'caption'; it is a dict with the parts jpg, json"):
+        _ = CrudeSample({"__key__": "1", "jpg": b"", "json": {}}).caption
+
+
+def test_a_loader_takes_a_dataset() -> None:
+    with pytest.raises(TypeError, match="get_loader takes a dataset, not 'birds'"):
+        get_loader("birds")  # type: ignore[arg-type]

@@ -74,3 +74,23 @@ def test_reraise_exception_raises_that_very_error() -> None:
     with pytest.raises(ValueError, match="bad pixel") as caught:
         reraise_exception(error, {}, ())
     assert caught.value is error
+
+
+def test_a_failure_is_told_at_length_once_and_a_bad_sample_in_a_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(n: int) -> None:
+        try:
+            raise ValueError(f"pixel {n}")
+        except ValueError as error:
+            error.add_note("in encode_sample of sample 0001")
+            log_exception(error)
+
+    fail(1)
+    assert caplog.text.count("Traceback") == 1
+    fail(2)
+    assert caplog.text.count("Traceback") == 1
+    assert "sample dropped: ValueError: pixel 2 in encode_sample of sample 0001" in caplog.text
+    caplog.clear()
+    log_exception(SampleError("cannot decode part 'jpg'"))
+    assert len(caplog.text.splitlines()) == 1

@@ -195,6 +195,11 @@ def split_by_ratio(
     parts: dict[str, tuple[str, ...]] = {}
     for (part, _), (start, end) in zip(ratio, pairwise([0, *ends]), strict=True):
         parts[part] = parts.get(part, ()) + tuple(shards[start:end])
+    if empty := [part for part, share in ratio if share and not parts[part]]:
+        logger.warning(
+            f"{len(shards)} shards are too few for {', '.join(f'{p} {s}' for p, s in ratio)}: "
+            f"{' and '.join(empty)} got none. Take another ratio, or name shards by pattern."
+        )
     return parts
 
 
