@@ -194,6 +194,7 @@ def _next_steps(
         options += "\n    trust_dataset_code=True,  # it runs sample_loader.py"
     else:
         _check_first_samples(args)
+        print(f"\nCheck every sample: {shlex.join(['energon-fn', 'lint', args.path])}")
         print("\nNext, in Python:\n")
     path = json.dumps(os.path.abspath(args.path), ensure_ascii=False)
     print(SNIPPET.format(path=path, options=options))
