@@ -215,6 +215,7 @@ def test_concatenated_tars_are_reported(tmp_path: Path, caplog: pytest.LogCaptur
 def test_many_shards_come_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
+    before = multiprocessing.active_children()
     names = [f"{i}.tar" for i in range(9)]
     for i, name in enumerate(names):
         write_tar(tmp_path / name, numbered(i, name))
@@ -225,4 +226,4 @@ def test_many_shards_come_in_order(
     (tmp_path / "4.tar").unlink()
     with pytest.raises(DatasetError, match=r"4\.tar does not exist"):
         list(index_shards(tmp_path, names, workers=2))
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(before)
