@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import signal
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +60,16 @@ def shards(
         write_tar(folder / names[-1], [(f"{i:05d}", parts(i)) for i in range(n, n + count)])
         n += count
     return names
+
+
+@pytest.fixture(scope="session")
+def published_python() -> str:
+    """A Python that has megatron-energon: what ENERGON_PYTHON names, or this one."""
+    python = os.environ.get("ENERGON_PYTHON", sys.executable)
+    found = subprocess.run([python, "-c", "import megatron.energon"], capture_output=True)
+    if found.returncode:
+        pytest.skip("megatron-energon is not installed; ENERGON_PYTHON may name a Python with it")
+    return python
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ import pickle
 import shutil
 import sqlite3
 import subprocess
-import sys
 import tarfile
 import threading
 import weakref
@@ -56,12 +55,11 @@ def odd_folder(folder: Path) -> list[str]:
     return files.list_tars(folder)
 
 
-def test_the_index_is_what_megatron_energon_makes(tmp_path: Path) -> None:
-    pytest.importorskip("megatron.energon")
+def test_the_index_is_what_megatron_energon_makes(tmp_path: Path, published_python: str) -> None:
     folder = tmp_path / "set"
     names = odd_folder(folder)
     command = [
-        os.path.join(os.path.dirname(sys.executable), "energon"), "prepare", str(folder),
+        os.path.join(os.path.dirname(published_python), "energon"), "prepare", str(folder),
         "--non-interactive", "--split-ratio", "8,1,1", "--sample-type", "CaptioningSample",
         "--field-map", '{"image":"jpg","caption":"txt"}',
     ]  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -186,11 +185,9 @@ def test_ctrl_c_leaves_nothing_behind(whole_group: bool, many: Path) -> None:
     process = start("lint", many, "--num-workers", "2")
     wait_for_children(process, 2)
     interrupt(process, whole_group)
-    began = time.monotonic()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert err == "\ninterrupted\n"
-    assert time.monotonic() - began < 20
     assert group_is_empty(process.pid)
 
 
