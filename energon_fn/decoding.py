@@ -312,32 +312,3 @@ def decode_part(name: str, data: bytes, *, image: str | None = "torchrgb") -> An
             [[0., 1.]]])
     """
     return decoder(image)({name: data})[name]
-
-
-def decoding_table() -> str:
-    """What is decoded to what, as two Markdown tables: by part name, and the image options.
-
-    >>> print(decoding_table())
-    | part name ends in | gives |
-    |---|---|
-    | jpg jpeg ... | picture, as the image option says |
-    | txt text transcript | str, strict UTF-8 |
-    ...
-    | anything else | bytes |
-    <BLANKLINE>
-    | image option | gives |
-    |---|---|
-    | l8 | uint8 array (H, W), 0..255 |
-    ...
-    """
-    parts = [
-        (PICTURES, "picture, as the image option says"),
-        *((extensions, gives) for extensions, gives, _ in KINDS),
-        ("one of these and gz (json.gz)", "the same, decompressed first"),
-        ("anything else", "bytes"),
-    ]
-    options = [(name, gives) for name, (_, _, gives) in IMAGE_OPTIONS.items()]
-    return "\n\n".join(
-        "\n".join([f"| {title} | gives |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)])
-        for title, rows in (("part name ends in", parts), ("image option", options))
-    )

@@ -19,7 +19,7 @@ from energon_fn.lanes import WorkerConfig
 from energon_fn.pipeline import Dataset
 from energon_fn.samples import pin_memory
 from energon_fn.streams import State
-from energon_fn.workers import Local, Pool, PoolOptions
+from energon_fn.workers import Delivery, Local, Pool, PoolOptions
 
 T = TypeVar("T")
 
@@ -62,9 +62,9 @@ class Loader(Generic[T]):
             if not virtual:
                 self._begin(self._epoch + 1)
         pinned, restored = torch.accelerator.is_available(), self._restored
-        while self._delivered != length and self._advance():
+        while self._delivered != length and (delivery := self._next()):
             self._delivered += 1
-            yield pin_memory(self._batch) if pinned else self._batch
+            yield pin_memory(delivery.batch) if pinned else delivery.batch
             if self._restored != restored:
                 raise StateError(
                     "the loader's state was restored during this iteration, which cannot go on: "
@@ -87,7 +87,7 @@ class Loader(Generic[T]):
         self._begin(epoch=0)
         if exact:
             for _ in range(sum(given.values())):
-                if not self._advance():
+                if not self._next():
                     raise ValueError(f"cannot seek to batch {n}: the first epoch ends before it")
         else:
             by_turn = sorted(given, key=lambda lane: (given[lane], lane))
@@ -216,8 +216,8 @@ class Loader(Generic[T]):
             raise StateError("there is no state: give it on every rank, or say on which (src_rank)")
         self.load_state_dict(state, accept=accept)
 
-    def _advance(self) -> bool:
-        """Receive the next batch of any lane; False when all lanes have ended."""
+    def _next(self) -> Delivery | None:
+        """The next batch of any lane, or None when all lanes have ended."""
         runner = self._runner = self._runner or self._make_runner()
         if not self._started:
             runner.start(self._epoch, self._lanes)
@@ -231,9 +231,8 @@ class Loader(Generic[T]):
             del self._lanes[delivery.lane]
             if delivery.state is not None:
                 self._lanes[delivery.lane] = delivery.state  # its next turn is after all others'
-                self._batch = delivery.batch
-                return True
-        return False
+                return delivery
+        return None
 
     def _make_runner(self) -> Local | Pool:
         streams, workers = self.dataset.lane_stream, self.dataset.worker_config.num_workers

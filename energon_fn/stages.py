@@ -32,7 +32,6 @@ from energon_fn.samples import CrudeSample
 
 T = TypeVar("T")
 U = TypeVar("U")
-V = TypeVar("V")
 P = ParamSpec("P")
 
 
