@@ -5,13 +5,18 @@ transform them, from iterator to iterator; ``lanes`` say who runs which stream. 
 show the data's way; this one lists the public names.
 """
 
+from energon_fn.caching import CachePool, FileStoreCachePool, Lazy, NoCachePool
 from energon_fn.collation import (
     batch_list,
     batch_pad_stack,
     batch_stack,
     collate,
+    concat_pad,
     generic_batch,
+    generic_concat,
+    homogeneous_concat_mix,
 )
+from energon_fn.compose import blend, blend_epochized, concat, join, repeat, subset, using
 from energon_fn.datasets import (
     get_dataset,
     get_train_dataset,
@@ -19,6 +24,8 @@ from energon_fn.datasets import (
     get_val_datasets,
 )
 from energon_fn.decoding import decode_part, decoder
+from energon_fn.disk.jsonl import open_jsonl, prepare_jsonl
+from energon_fn.disk.media import AVMetadata, ImageMetadata
 from energon_fn.disk.prepare import BaseWebdatasetFactory, prepare_dataset, write_dataset_yaml
 from energon_fn.disk.source import Source, open_source
 from energon_fn.errors import (
@@ -34,6 +41,7 @@ from energon_fn.errors import (
 )
 from energon_fn.lanes import WorkerConfig, default_worker_config
 from energon_fn.loader import Loader, get_loader, get_savable_loader
+from energon_fn.packing import best_fit, fill_ratio, knapsack
 from energon_fn.pipeline import Dataset
 from energon_fn.samples import (
     Batch,
@@ -57,8 +65,10 @@ from energon_fn.samples import (
 from energon_fn.sheet import contact_sheet
 from energon_fn.stages import (
     Cooker,
+    PackedSamplesOutput,
     batch,
     cook,
+    cooker,
     decode,
     encode_batch,
     encode_sample,
@@ -71,6 +81,14 @@ from energon_fn.stages import (
     shuffle,
     stage,
 )
+from energon_fn.stores import (
+    DecodeFileStore,
+    FileStore,
+    FileStoreDecoder,
+    PrimaryFileStore,
+    SystemFileStore,
+    open_store,
+)
 from energon_fn.task_encoder import (
     AugmentTaskEncoder,
     DefaultTaskEncoder,
@@ -79,23 +97,34 @@ from energon_fn.task_encoder import (
 )
 
 __all__ = [
+    "AVMetadata",
     "AugmentTaskEncoder",
     "BaseWebdatasetFactory",
     "Batch",
+    "CachePool",
     "CaptioningSample",
     "Cooker",
     "CrudeSample",
     "Dataset",
     "DatasetError",
+    "DecodeFileStore",
     "DefaultTaskEncoder",
     "FatalSampleError",
+    "FileStore",
+    "FileStoreCachePool",
+    "FileStoreDecoder",
     "IgnoreSample",
     "ImageClassificationSample",
+    "ImageMetadata",
     "ImageSample",
     "InterleavedSample",
+    "Lazy",
     "Loader",
     "MultiChoiceVQASample",
+    "NoCachePool",
     "OCRSample",
+    "PackedSamplesOutput",
+    "PrimaryFileStore",
     "Sample",
     "SampleError",
     "SimilarityInterleavedSample",
@@ -103,6 +132,7 @@ __all__ = [
     "Source",
     "SourceInfo",
     "StateError",
+    "SystemFileStore",
     "TaskEncoder",
     "TextSample",
     "VQAOCRSample",
@@ -115,9 +145,15 @@ __all__ = [
     "batch_list",
     "batch_pad_stack",
     "batch_stack",
+    "best_fit",
+    "blend",
+    "blend_epochized",
     "collate",
+    "concat",
+    "concat_pad",
     "contact_sheet",
     "cook",
+    "cooker",
     "decode",
     "decode_part",
     "decoder",
@@ -126,7 +162,9 @@ __all__ = [
     "encode_batch",
     "encode_sample",
     "epochize",
+    "fill_ratio",
     "generic_batch",
+    "generic_concat",
     "get_dataset",
     "get_loader",
     "get_savable_loader",
@@ -134,16 +172,25 @@ __all__ = [
     "get_val_dataset",
     "get_val_datasets",
     "group",
+    "homogeneous_concat_mix",
+    "join",
+    "knapsack",
     "limit",
     "log_exception",
+    "open_jsonl",
     "open_source",
+    "open_store",
     "pack",
     "postencode_sample",
     "preencode_sample",
     "prepare_dataset",
+    "prepare_jsonl",
+    "repeat",
     "reraise_exception",
     "shuffle",
     "stage",
     "stateless",
+    "subset",
+    "using",
     "write_dataset_yaml",
 ]

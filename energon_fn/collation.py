@@ -100,6 +100,74 @@ def generic_batch(values: Iterable[Any]) -> Any:
     return values
 
 
+def concat_pad(values: Iterable[Any]) -> torch.Tensor:
+    """Put tensors (n1, ...), (n2, ...), one behind the other: (n1 + n2, ...), for joining batches.
+
+    All dimensions but the first are padded at their ends with zeros to the longest. The dtype is
+    kept. Raises ValueError when the numbers of dimensions, or the dtypes, differ, or there are no
+    dimensions; TypeError for anything that is no tensor or array.
+
+    >>> concat_pad([torch.tensor([[1, 2], [3, 4]]), torch.tensor([[5]])])
+    tensor([[1, 2],
+            [3, 4],
+            [5, 0]])
+    """
+    tensors = _as_tensors(values)
+    if isinstance(tensors, torch.Tensor) or not tensors[0].dim():
+        raise ValueError("cannot concatenate numbers: they have no dimension; use batch_stack")
+    _check_equal("numbers of dimensions", [t.dim() for t in tensors], "batch_list")
+    _check_equal("dtypes", [t.dtype for t in tensors], "batch_list, or convert them before")
+    longest = list(map(max, zip(*(t.shape for t in tensors), strict=True)))
+    parts = [tensor.new_zeros(len(tensor), *longest[1:]) for tensor in tensors]
+    for part, tensor in zip(parts, tensors, strict=True):
+        part[tuple(slice(length) for length in tensor.shape)] = tensor
+    return torch.cat(parts)
+
+
+def generic_concat(values: Iterable[Any]) -> Any:
+    """Join values of several batches: tensors by :func:`concat_pad`, anything else as a list.
+
+    Dicts with the same keys, dataclasses and namedtuples of one type become one of that type, each
+    field joined by this same rule; so lists become a list of lists. A None among tensors makes it a
+    list.
+
+    >>> generic_concat([{"ids": torch.tensor([[5]]), "texts": ["a cat"]},
+    ...                 {"ids": torch.tensor([[6, 7]]), "texts": ["a dog"]}])
+    {'ids': tensor([[5, 0],
+            [6, 7]]), 'texts': [['a cat'], ['a dog']]}
+    """
+    values = list(values)
+    if values and all(isinstance(value, torch.Tensor) for value in values):
+        return concat_pad(values)
+    first = values[0] if values else None
+    if not _is_record(first) or any(type(value) is not type(first) for value in values):
+        return values
+    if isinstance(first, Mapping):
+        if any(value.keys() != first.keys() for value in values):
+            return values
+        return {key: generic_concat([value[key] for value in values]) for key in first}
+    make: Any = type(first)
+    names = _declared(make, first)
+    return make(**{name: generic_concat([getattr(v, name) for v in values]) for name in names})
+
+
+def homogeneous_concat_mix(samples: Iterable[T]) -> T | list[T]:
+    """One batch of several: joined by :func:`generic_concat` if they are of one type, else listed.
+
+    >>> homogeneous_concat_mix([torch.tensor([1]), torch.tensor([2, 3])])
+    tensor([1, 2, 3])
+    >>> homogeneous_concat_mix([torch.tensor([1]), {"ids": torch.tensor([2, 3])}])
+    [tensor([1]), {'ids': tensor([2, 3])}]
+    """
+    batches = list(samples)
+    if not batches:
+        raise ValueError("cannot mix no batches")
+    if any(type(batch) is not type(batches[0]) for batch in batches):
+        return batches
+    mixed: T = generic_concat(batches)
+    return mixed
+
+
 @overload
 def collate(
     samples: Iterable[Any],

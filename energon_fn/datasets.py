@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
+from fractions import Fraction
+from functools import partial
 from inspect import signature
-from typing import Any, TypedDict, Unpack
+from itertools import accumulate
+from typing import Any, TypedDict, Unpack, cast
 
-from energon_fn import plan
+from energon_fn.compose import Recipe
 from energon_fn.decoding import decoder as make_decoder
-from energon_fn.disk.source import Source, open_source
+from energon_fn.disk.source import Samples
 from energon_fn.errors import DatasetError, logger
 from energon_fn.lanes import WorkerConfig, default_worker_config, whole
-from energon_fn.pipeline import Dataset, Decoder
+from energon_fn.mixing import Blend, Order, Rounds, leaves
+from energon_fn.opening import Mixed, Opened, Tree, open_recipe
+from energon_fn.pipeline import Dataset, Decoder, arguments_of
+from energon_fn.plan import Plan
 from energon_fn.task_encoder import METHODS, DefaultTaskEncoder, TaskEncoder, method_of
 
-Path = str | os.PathLike[str]
 DEFAULT_DECODER: Any = object()  # the task encoder's, or by image_decode; None means none
 
 
@@ -36,23 +41,27 @@ class Options(TypedDict, total=False):
 
 
 def get_train_dataset(
-    path: Path,
+    path: Recipe,
     *,
     batch_size: int | None,
     shuffle_buffer_size: int | None = None,
     max_samples_per_sequence: int | None = None,
     virtual_epoch_length: int = 0,
+    shuffle_over_epochs_multiplier: int | None = 1,
     repeat: bool = True,
     split_part: str = "train",
     **options: Unpack[Options],
 ) -> Dataset[Any]:
     """The dataset for training: shuffled, and without an end unless ``repeat=False``.
 
-    path: a prepared folder; or a folder, a file, or a brace or glob pattern of tars.
+    path: a prepared folder; a folder, a file, or a brace or glob pattern of tars; a file of JSON
+    lines; a metadataset (YAML); or a recipe made of them, see :mod:`energon_fn.compose`.
     batch_size: samples of a batch; None: no batching (``batch``, ``encode_batch`` are not called).
     shuffle_buffer_size: mix over so many neighbouring samples; None: only sequences are shuffled.
     max_samples_per_sequence: cut shards to sequences of so many samples; None: whole shards.
     virtual_epoch_length: batches of one iteration on each rank; 0: no end, or the dataset's.
+    shuffle_over_epochs_multiplier: shuffle the sequences of so many rounds through the dataset
+    together; None: leave them in their order (the buffer shuffles all the same).
     The other options are those of :func:`get_dataset`.
     """
     _check_names(get_train_dataset, options)
@@ -63,6 +72,7 @@ def get_train_dataset(
         shuffle=True,
         shuffle_buffer_size=shuffle_buffer_size,
         max_samples_per_sequence=max_samples_per_sequence,
+        shuffle_over_epochs_multiplier=shuffle_over_epochs_multiplier,
         repeat=repeat,
         virtual_epoch_length=virtual_epoch_length,
         **options,
@@ -70,7 +80,7 @@ def get_train_dataset(
 
 
 def get_val_dataset(
-    path: Path,
+    path: Recipe,
     *,
     batch_size: int | None,
     limit: int | None = None,
@@ -86,11 +96,18 @@ def get_val_dataset(
     return get_dataset(path, split_part=split_part, batch_size=batch_size, limit=limit, **options)
 
 
-def get_val_datasets(path: Path, **options: Any) -> list[tuple[Dataset[Any], Source]]:
+def get_val_datasets(path: Recipe, **options: Any) -> list[tuple[Dataset[Any], Samples]]:
     """:func:`get_val_dataset` for each of the datasets at ``path``, with the source it reads."""
     _check_names(get_val_datasets, options, get_val_dataset)
-    dataset = get_val_dataset(path, **options)
-    return [(dataset, dataset.source)]
+    whole = get_val_dataset(path, **options)
+    order = cast(Plan, whole.order)  # one after the other, so it is a single plan
+    return [
+        (
+            replace(whole, sources=(source,), aux=(aux,), order=replace(order, runs=source.runs)),
+            source,
+        )
+        for source, aux in zip(whole.sources, whole.aux, strict=True)
+    ]
 
 
 def _check_names(
@@ -108,13 +125,14 @@ def _check_names(
 
 
 def get_dataset(
-    path: Path,
+    path: Recipe,
     *,
     batch_size: int | None,
     split_part: str = "train",
     shuffle: bool = False,
     shuffle_buffer_size: int | None = None,
     max_samples_per_sequence: int | None = None,
+    shuffle_over_epochs_multiplier: int | None = 1,
     repeat: bool = False,
     virtual_epoch_length: int = 0,
     limit: int | None = None,
@@ -150,6 +168,9 @@ def get_dataset(
 
     batch_size = size("batch_size", batch_size)
     shuffle_buffer_size = size("shuffle_buffer_size", shuffle_buffer_size)
+    shuffle_over_epochs_multiplier = size(
+        "shuffle_over_epochs_multiplier", shuffle_over_epochs_multiplier
+    )
     max_samples_per_sequence = size("max_samples_per_sequence", max_samples_per_sequence)
     packing_buffer_size = size("packing_buffer_size", packing_buffer_size)
     limit = size("limit", limit)
@@ -161,11 +182,6 @@ def get_dataset(
             f"virtual_epoch_length is {virtual_epoch_length} and limit is {limit}: give one of "
             "them, both say how many batches an iteration has"
         )
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(
-            f"path is {path!r}; it must be one string or pathlib.Path: a folder, a file, or a "
-            "pattern of files"
-        )
     encoder = DefaultTaskEncoder[Any, Any, Any, Any]() if task_encoder is None else task_encoder
     check_task_encoder(encoder, packing_buffer_size)
     config = default_worker_config() if worker_config is None else worker_config
@@ -173,20 +189,21 @@ def get_dataset(
         raise TypeError(
             f"worker_config is {config!r}; give a WorkerConfig, default_worker_config(4) say"
         )
-    source = open_source(
+    opened = open_recipe(
         path,
         split_part,
         dataset_config=dataset_config,
         split_config=split_config,
         trust_dataset_code=trust_dataset_code,
     )
-    if repeat and not len(source):
-        raise DatasetError(
-            f"{path}: the split part {split_part!r} has no samples, so repeating it never gives "
-            "one. Prepare the dataset with another split, or ask for another split_part."
-        )
-    if not len(source):
-        logger.warning(f"{path}: the split part {split_part!r} has no samples")
+    names = ", ".join(dict.fromkeys(source.path for source in opened.sources))
+    if not any(map(len, opened.sources)):
+        if repeat:
+            raise DatasetError(
+                f"{names}: the split part {split_part!r} has no samples, so repeating it never "
+                "gives one. Prepare the dataset with another split, or ask for another split_part."
+            )
+        logger.warning(f"{names}: the split part {split_part!r} has no samples")
     if decoder is DEFAULT_DECODER:
         own = getattr(encoder, "decoder", None)
         decoder = (own or make_decoder(image_decode)) if auto_decode else None
@@ -195,18 +212,20 @@ def get_dataset(
             f"decoder is {decoder!r}; it must be a function from a raw sample to a decoded one, or "
             "None for bytes. How images come out is said by image_decode."
         )
-    return Dataset(
-        source=source,
-        plan=plan.Plan(
-            runs=tuple(segment.stop - segment.start for segment in source.segments),
-            lanes=config.lane_count,
-            seed=config.seed_offset,
-            shuffle=shuffle,
-            repeat=repeat,
-            sequence=max_samples_per_sequence,
-            window=shuffle_buffer_size,
-            block=packing_buffer_size or batch_size or 1,
-        ),
+    plan = partial(
+        Plan,
+        lanes=config.lane_count,
+        seed=config.seed_offset,
+        shuffle=shuffle,
+        sequence=max_samples_per_sequence,
+        window=shuffle_buffer_size,
+        block=packing_buffer_size or batch_size or 1,
+        span=shuffle_over_epochs_multiplier,
+    )
+    dataset = Dataset(
+        sources=opened.sources,
+        aux=opened.aux,
+        order=order_of(opened, plan, shuffle, repeat),
         task_encoder=encoder,
         worker_config=config,
         decoder=decoder,
@@ -216,6 +235,89 @@ def get_dataset(
         length=virtual_epoch_length or limit,
         virtual=bool(virtual_epoch_length),
     )
+    check_cookers(dataset)
+    return dataset
+
+
+def order_of(opened: Opened, plan: Callable[..., Plan], shuffle: bool, repeat: bool) -> Order:
+    """The order of what was opened: mixed as its tree says, or, not shuffled, one after the other.
+
+    plan: makes the plan of a single dataset from its runs and the index of its first sample.
+    Raises ValueError for one epoch of a blend by weights, :class:`~energon_fn.DatasetError` for a
+    part of it that has no samples.
+    """
+    sources = opened.sources
+    starts = [0, *accumulate(map(len, sources))]
+
+    def chain(numbers: Sequence[int], repeat: bool) -> Plan:
+        runs = (run for n in numbers for run in sources[n].runs)
+        return plan(runs=tuple(runs), first=starts[numbers[0]], repeat=repeat)
+
+    def rounds(tree: Tree, times: Fraction) -> list[tuple[Plan | Blend, Fraction]]:
+        """What is in an epoch of the tree, each part with its repetitions."""
+        match tree:
+            case Mixed("blend"):
+                return [(blend(tree), times)]
+            case Mixed("blend_epochized", parts, amounts):
+                pairs = zip(parts, amounts, strict=True)
+                return [one for part, n in pairs for one in rounds(part, times * Fraction(str(n)))]
+            case Mixed("concat", parts) if not is_chain(tree):
+                return [one for part in parts for one in rounds(part, times)]
+        inside = chain(numbers(tree), True)
+        return [(inside, times)] if len(inside) else []
+
+    def blend(tree: Mixed) -> Blend:
+        parts = tuple(mixed(part, True) for part in tree.parts)
+        for part, inside in zip(tree.parts, parts, strict=True):
+            if not any(map(len, leaves(inside))):
+                paths = ", ".join(sources[n].path for n in numbers(part))
+                raise DatasetError(
+                    f"a part of a blend has no samples to draw: {paths}. Leave it out, or ask for "
+                    "another split_part or subset."
+                )
+        weights = tuple(w if callable(w) else Fraction(str(w)) for w in tree.amounts)
+        return Blend(parts, weights, parts[0].lanes, parts[0].seed, tree.random)
+
+    def mixed(tree: Tree, repeat: bool) -> Order:
+        if is_chain(tree):
+            return chain(numbers(tree), repeat)
+        if isinstance(tree, Mixed) and tree.how == "blend":
+            if not repeat:
+                raise ValueError(
+                    "repeat=False asks for one epoch, but a blend by weights has none: say with "
+                    "blend_epochized how often an epoch has each dataset, or set "
+                    "virtual_epoch_length"
+                )
+            return blend(tree)
+        pairs = rounds(tree, Fraction(1))
+        if not pairs:
+            return chain(numbers(tree), repeat)
+        parts, times = zip(*pairs, strict=True)
+        return Rounds(parts, times, parts[0].lanes, parts[0].seed, repeat)
+
+    return mixed(opened.tree, repeat) if shuffle else chain(range(len(sources)), repeat)
+
+
+def is_chain(tree: Tree) -> bool:
+    """Whether it is one dataset, or several that are one behind the other and shuffled as one."""
+    return isinstance(tree, int) or (tree.how == "concat" and all(map(is_chain, tree.parts)))
+
+
+def numbers(tree: Tree) -> list[int]:
+    """The numbers of the sources in a tree; they follow each other."""
+    return [n for part in tree.parts for n in numbers(part)] if isinstance(tree, Mixed) else [tree]
+
+
+def check_cookers(dataset: Dataset[Any]) -> None:
+    """Raise for a cooker that does not take the stores it will be given."""
+    for n, source in enumerate(dataset.sources):
+        if not source.is_crude:
+            continue
+        sample = {"__subflavors__": source.subflavors}
+        for cooker in getattr(dataset.task_encoder, "cookers", ()):
+            if cooker.takes(sample):
+                arguments_of(dataset, cooker, n)
+                break
 
 
 def check_task_encoder(encoder: Any, packing_buffer_size: int | None) -> None:

@@ -433,7 +433,7 @@ def run_demo(folder: str | os.PathLike[str], workers: int = 2) -> None:
     pictures = packs = used = 0
     first: CaptioningBatch | None = None
     start = time.perf_counter()
-    with tqdm(total=len(dataset.source), unit=" samples", leave=False, disable=None) as bar:
+    with tqdm(total=dataset.starts[-1], unit=" samples", leave=False, disable=None) as bar:
         for batch in get_loader(dataset):
             first = first or batch
             pictures += len(batch.images)

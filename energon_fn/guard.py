@@ -6,6 +6,7 @@ function so that every other failure is reported and becomes a skip.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from itertools import count
 from types import GeneratorType
@@ -140,7 +141,7 @@ def describe(item: Any) -> str:
     ]
     keys = [key for one in found for key in members(one)]
     shards = dict.fromkeys(
-        f"{source.dataset_path}/{source.shard_name}"
+        os.path.join(source.dataset_path.removesuffix(f"/{source.shard_name}"), source.shard_name)
         for source in sources_of(item) or ()
         if isinstance(source, SourceInfo)  # or whatever a user's batch has there
     )

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from energon_fn.decoding import decoder
 from energon_fn.disk import files
-from energon_fn.disk.source import Source, open_source
+from energon_fn.disk.jsonl import Jsonl
+from energon_fn.disk.source import Samples, Source, open_source
 from energon_fn.errors import DatasetError, FatalSampleError, SampleError, SkipSample
 
 CHUNK = 32
@@ -35,12 +36,12 @@ class BadSample:
 
 
 def lint(
-    source: Source,
+    source: Samples,
     image_decode: str | None = "torchrgb",
     workers: int | None = None,
     progress: Callable[[int], object] = lambda samples: None,
 ) -> Iterator[BadSample]:
-    """Load, decode and convert every sample of the source; yield the bad ones in its order.
+    """Load, decode and convert every sample of a dataset; yield the bad ones in its order.
 
     Only the parts that the dataset uses are read. A shard that cannot be read is yielded once, and
     its other samples are not tried.
@@ -86,6 +87,17 @@ def lint(
         ) from error
 
 
+def shard_names(source: Samples) -> list[str]:
+    """What each of the dataset's runs lies in: a shard, a file of lines, or the dataset itself."""
+    match source:
+        case Source():
+            return [source.shards[segment.shard] for segment in source.segments]
+        case Jsonl():
+            return [lines.name for lines in source.lines]
+        case _:
+            return [source.path for _ in source.runs]
+
+
 def open_shards(path: str | os.PathLike[str]) -> Iterator[Source | BadSample]:
     """Each shard of a dataset that is not prepared as a source of its own, or what is wrong.
 
@@ -106,15 +118,15 @@ _Checked = tuple[int, list[BadSample]]
 
 
 class _Check(Dataset[_Checked]):
-    """The chunks of a source; getting one checks its samples."""
+    """The chunks of a dataset; getting one checks its samples."""
 
-    def __init__(self, source: Source, decode: Callable[[dict[str, Any]], dict[str, Any]]):
+    def __init__(self, source: Samples, decode: Callable[[dict[str, Any]], dict[str, Any]]):
         self.source = source
         self.decode = decode
-        self.chunks: list[tuple[int, int, int]] = []  # first sample, the one behind the last, shard
+        self.chunks: list[tuple[int, int, str]] = []  # first sample, the one behind the last, shard
         first = 0
-        for shard, start, stop in source.segments:
-            end = first + stop - start
+        for shard, length in zip(shard_names(source), source.runs, strict=True):
+            end = first + length
             self.chunks += [(i, min(i + CHUNK, end), shard) for i in range(first, end, CHUNK)]
             first = end
 
@@ -128,19 +140,22 @@ class _Check(Dataset[_Checked]):
             try:
                 raw = self.source.load(i)
             except DatasetError as error:
-                bad_samples.append(BadSample(self.source.shards[shard], None, str(error)))
+                bad_samples.append(BadSample(shard, None, str(error)))
                 break
-            # The message need not say key and shard once more.
-            parts = {name: part for name, part in raw.items() if not name.startswith("__")}
             try:
-                self.source.to_sample({**raw, **self.decode(parts)})
+                self.source.make(raw, self._decoded)
             except SkipSample:  # the dataset's own code leaves it out
                 continue
             except Exception as error:
                 known = isinstance(error, SampleError | DatasetError)
                 what = str(error) if known else f"{type(error).__name__}: {error}"
-                bad_samples.append(BadSample(self.source.shards[shard], raw["__key__"], what))
+                bad_samples.append(BadSample(shard, raw["__key__"], what))
         return end - first, bad_samples
+
+    def _decoded(self, raw: dict[str, Any]) -> dict[str, Any]:
+        # The message need not say key and shard once more.
+        parts = {name: part for name, part in raw.items() if not name.startswith("__")}
+        return {**raw, **self.decode(parts)}
 
 
 def _as_is(checked: Any) -> Any:

@@ -6,7 +6,9 @@ their turns; that is all there is to know to go on from here.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator
+from copy import copy
 from dataclasses import replace
 from typing import Any, Generic, Self, TypeVar
 
@@ -14,8 +16,10 @@ import torch
 import torch.distributed as distributed
 
 from energon_fn import checkpoint
+from energon_fn.caching import CachePool
 from energon_fn.errors import StateError, logger
 from energon_fn.lanes import WorkerConfig
+from energon_fn.mixing import beginning, lane_size
 from energon_fn.pipeline import Dataset
 from energon_fn.samples import pin_memory
 from energon_fn.streams import State
@@ -36,6 +40,7 @@ class Loader(Generic[T]):
         self._options = options
         self._runner: Local | Pool | None = None
         self._restored = 0  # how often
+        self._counts: defaultdict[str, float] = defaultdict(float)
         self._begin(epoch=0)
 
     def _begin(self, epoch: int) -> None:
@@ -81,7 +86,7 @@ class Loader(Generic[T]):
         """
         if n < 0:
             raise ValueError(f"cannot seek to batch {n}: it must be 0 or more")
-        config, count = self.dataset.worker_config, self.dataset.plan.lanes
+        config, count = self.dataset.worker_config, self.dataset.order.lanes
         given = {lane: (n - lane + count - 1) // count for lane in config.rank_lanes}
         self._restored += 1
         self._begin(epoch=0)
@@ -94,6 +99,30 @@ class Loader(Generic[T]):
             self._lanes = {lane: self.dataset.lane_state(lane, given[lane]) for lane in by_turn}
         delivered = n // config.world_size
         self._delivered = delivered % (self.dataset.length or delivered + 1)
+
+    def drawn(self) -> dict[str, int]:
+        """How many samples of each dataset went into what this rank's loader delivered.
+
+        They count from the beginning of the run, those of a blend from that of its epoch; samples
+        that were skipped, or wait in a packing buffer, are among them.
+        """
+        order, epoch, states = self.dataset.order, self._epoch, {}
+        for lane in self.dataset.worker_config.rank_lanes:
+            ended = lane not in self._lanes
+            at = (epoch, lane_size(order, epoch, lane)) if ended else beginning(order, epoch)
+            states[lane] = self._lanes.get(lane) or (None, 0, at)
+        return self.dataset.drawn(states)
+
+    def report(self) -> dict[str, float]:
+        """What happened so far, as plain numbers for a logger.
+
+        ``drawn/PATH``: :meth:`drawn`. ``packs`` and ``fill``: how many packs the selectors of
+        :mod:`energon_fn.packing` made for this loader, and how full they are, 0 to 1, on average.
+        """
+        report: dict[str, float] = {f"drawn/{path}": n for path, n in self.drawn().items()}
+        if packs := self._counts["packs"]:
+            report |= {"packs": packs, "fill": self._counts["fill"] / packs}
+        return report
 
     def restore_sample(self, key: Any) -> Any:
         """The very sample or batch whose ``__restore_key__`` is ``key``, made again here.
@@ -229,6 +258,8 @@ class Loader(Generic[T]):
                 self.close()  # the next iteration starts anew, behind the last batch
                 raise
             del self._lanes[delivery.lane]
+            for name, amount in delivery.counts.items():
+                self._counts[name] += amount
             if delivery.state is not None:
                 self._lanes[delivery.lane] = delivery.state  # its next turn is after all others'
                 return delivery
@@ -236,12 +267,15 @@ class Loader(Generic[T]):
 
     def _make_runner(self) -> Local | Pool:
         streams, workers = self.dataset.lane_stream, self.dataset.worker_config.num_workers
-        return Pool(streams, workers, self._options) if workers else Local(streams)
+        if not workers:
+            return Local(streams)
+        return Pool(streams, workers, self._options, self.dataset.cache_pool.close)
 
     def close(self) -> None:
         """End the worker processes; iterating starts them again. They also end with the loader."""
         if self._runner is not None:
             self._runner.close()
+            self.dataset.cache_pool.close()
         self._runner, self._started = None, False
 
 
@@ -254,6 +288,7 @@ def get_loader(
     multiprocessing_context: str | None = None,
     watchdog_timeout_seconds: float | None = 60,
     fail_on_timeout: bool = False,
+    cache_pool: CachePool | None = None,
 ) -> Loader[T]:
     """A loader for this rank: ``for batch in get_loader(dataset): ...``.
 
@@ -265,6 +300,8 @@ def get_loader(
     watchdog_timeout_seconds: a worker that has not got on for so long is told of, with the sample,
     the stage and the Python stack it is in, and started again; None: never.
     fail_on_timeout: raise :class:`~energon_fn.WorkerError` instead of starting it again.
+    cache_pool: where cookers keep media until it is needed, see :mod:`energon_fn.caching`; None:
+    it is read when it is needed.
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(
@@ -281,6 +318,8 @@ def get_loader(
                     f"worker_config has {getattr(worker_config, name)}: give both the same"
                 )
         dataset = replace(dataset, worker_config=worker_config)
+    if cache_pool is not None:
+        dataset = replace(dataset, cache_pool=copy(cache_pool))  # one of its own to close
     options = PoolOptions(
         prefetch=prefetch_factor,
         restarts=max_worker_restarts,

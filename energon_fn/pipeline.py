@@ -1,4 +1,4 @@
-"""The way from keys to batches: a source, a plan and the stages, put together.
+"""The way from keys to batches: sources, an order and the stages, put together.
 
 :func:`lifts` is the table that maps a task encoder's methods to stages; the rest of the library
 knows stages only, or only streams.
@@ -6,29 +6,34 @@ knows stages only, or only streams.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, cached_property, partial
 from inspect import isgeneratorfunction
-from itertools import islice
-from typing import Any, Generic, TypeVar, cast
+from itertools import accumulate, islice
+from typing import Any, Generic, TypeVar
 
 from toolz import pipe
 
-from energon_fn import plan, position, seeds, stages
+from energon_fn import mixing, position, seeds, stages
+from energon_fn.caching import CachePool, NoCachePool
 from energon_fn.checkpoint import tupled
 from energon_fn.collation import collate
-from energon_fn.disk.source import Source
-from energon_fn.errors import StateError
+from energon_fn.disk.source import Samples
+from energon_fn.errors import SkipSample, StateError
 from energon_fn.guard import bookkeeping, guarded
 from energon_fn.lanes import WorkerConfig
-from energon_fn.samples import CrudeSample
+from energon_fn.mixing import Order
+from energon_fn.plan import Key
+from energon_fn.stores import DecodeFileStore, FileStore, cooker_arguments, primary_store
 from energon_fn.streams import State, Stream, holding, resumable
 from energon_fn.task_encoder import TaskEncoder, marks_of, method_of
 
 T = TypeVar("T")
 Decoder = Callable[[dict[str, Any]], dict[str, Any]]
 Lift = Callable[[Stream[Any]], Stream[Any]]
+NO_CACHE = NoCachePool()
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,11 @@ class Dataset(Generic[T]):
     :func:`~energon_fn.get_loader`.
     """
 
-    source: Source
-    plan: plan.Plan
+    sources: tuple[Samples, ...]
+    """The single datasets, one behind the other in the order's numbering."""
+    aux: tuple[Mapping[str, FileStore], ...]
+    """The stores that each source's cookers get."""
+    order: Order
     task_encoder: TaskEncoder[Any, Any, Any, T]
     worker_config: WorkerConfig
     decoder: Decoder | None
@@ -51,30 +59,47 @@ class Dataset(Generic[T]):
     """Batches that one iteration over this rank's lanes gives at most; None: no limit."""
     virtual: bool
     """The next iteration goes on where the last one ended (a virtual epoch)."""
+    cache_pool: CachePool = NO_CACHE
+    """What cookers keep media in that is needed later."""
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """The index of each source's first sample and, last, the number of samples."""
+        return [0, *accumulate(map(len, self.sources))]
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Which source the ``index``-th sample is in, and which of its samples it is."""
+        n = bisect_right(self.starts, index) - 1
+        return n, index - self.starts[n]
 
     def lane_stream(self, lane: int, epoch: int = 0) -> Stream[T]:
         """The stream of one lane: ``state -> Iterator[(batch, state after it)]``.
 
         epoch: where the plan begins if the state is None. Without a shuffle every epoch is the
         first one, so that validation is always the same, augmentations included.
-        The state is that of the stages and how many batches the lane has given. A batch's
-        ``__restore_key__`` is where it came from, see :meth:`restore_sample`.
+        The state is that of the stages, how many batches the lane has given, and what it has drawn
+        for them (:meth:`drawn`). A batch's ``__restore_key__`` is where it came from, see
+        :meth:`restore_sample`.
         """
-        epoch = epoch if self.plan.shuffle else 0
+        epoch = epoch if self._shuffles else 0
 
-        def keys(state: State) -> Iterator[tuple[plan.Key, State]]:
-            return plan.keys(self.plan, lane, state or (epoch, 0))
+        def keys(state: State) -> Iterator[tuple[Key, State]]:
+            return mixing.keys(self.order, lane, state or mixing.beginning(self.order, epoch))
 
         staged: Stream[T] = pipe(keys, *lifts(self, lane, epoch))
+        lanes = self.order.lanes
 
         def stream(state: State = None) -> Iterator[tuple[T, State]]:
-            inner, given = state or (None, 0)
-            position.here.batch_index = given * self.plan.lanes + lane
+            inner, given, *rest = state or (None, 0)
+            here, drawn = position.here, rest[0] if rest else None
+            here.batch_index, here.order = given * lanes + lane, drawn
             for batch, after in staged(inner):
                 mark(batch, ("batch", epoch, lane, (inner, given)))
-                inner, given = after, given + 1
-                yield batch, (inner, given)
-                position.here.batch_index = given * self.plan.lanes + lane
+                inner, given, drawn, index = after, given + 1, here.order, here.sample_index
+                yield batch, (inner, given, drawn)
+                # Other lanes ran meanwhile.
+                here.batch_index, here.sample_index = given * lanes + lane, index
+                here.order = drawn
 
         return stream
 
@@ -84,16 +109,38 @@ class Dataset(Generic[T]):
         Raises TypeError where the plan does not tell: the dataset ends, packs, groups or has
         functions that are generators.
         """
-        if not self.plan.repeat or self._count(0) is None:
+        if not self.repeats or self._multiplies():
             raise TypeError(
                 "the plan alone does not tell where a batch begins: the dataset does not repeat, "
                 "or it packs, groups or multiplies samples. Seek with exact=True, which goes "
                 "through all that comes before."
             )
         count = given * (self.batch_size or 1)
-        at = plan.state_after(self.plan, lane, count) if count else None  # as streams begin
+        at = mixing.state_after(self.order, lane, count) if count else None  # as streams begin
         state: State = (at, 0, None)
-        return (state if self.batch_size is None else (state, 0, None)), given
+        return (state if self.batch_size is None else (state, 0, None)), given, at
+
+    def drawn(self, states: Mapping[int, State]) -> dict[str, int]:
+        """How many samples of each dataset some lanes have drawn for the batches they gave.
+
+        states: by lane. Skipped samples count, and those that wait in a packing buffer; those of a
+        concatenation count together.
+        """
+        counts = [
+            mixing.drawn(self.order, lane, state and state[2]) for lane, state in states.items()
+        ]
+        named: dict[str, int] = {}
+        for inside, *of_lanes in zip(self._inside(), *counts, strict=True):
+            name = " + ".join(self.sources[n].path for n in inside)
+            while name in named:  # the same folder again, for another part of it, say
+                name += "'"
+            named[name] = sum(of_lanes)
+        return named
+
+    def _inside(self) -> list[list[int]]:
+        """Which sources are in each leaf of the order."""
+        leaves = [range(leaf.first, leaf.first + len(leaf)) for leaf in mixing.leaves(self.order)]
+        return [[n for n, start in enumerate(self.starts[:-1]) if start in at] for at in leaves]
 
     def restore_sample(self, key: Any) -> Any:
         """The very sample or batch whose ``__restore_key__`` is ``key``, made again.
@@ -108,9 +155,9 @@ class Dataset(Generic[T]):
                 case ("batch", int() as epoch, int() as lane, (_, int()) as state):
                     items = self.lane_stream(lane, epoch)(state)
                 case ("sample", int() as epoch, int() as index, int() as number) if (
-                    0 <= index < len(self.source)
+                    0 <= index < self.starts[-1]
                 ):
-                    one = lifts(self, 0, 0)[0](lambda state: iter([((epoch, index), (0, 1))]))
+                    one = lifts(self, 0, 0)[0](lambda state: iter([((epoch, index), None)]))
                     items = islice(one(None), number, None)
                 case _:
                     items = iter(())
@@ -124,19 +171,28 @@ class Dataset(Generic[T]):
         )
 
     @property
+    def repeats(self) -> bool:
+        """Whether the order goes on for ever."""
+        return isinstance(self.order, mixing.Blend) or self.order.repeat
+
+    @property
+    def _shuffles(self) -> bool:
+        return mixing.leaves(self.order)[0].shuffle
+
+    @property
     def fingerprint(self) -> dict[str, Any]:
         """What a saved state depends on, as plain data: order, sizes and stages, not user code."""
-        source = self.source
+        leaf = mixing.leaves(self.order)[0]
         names = ("preencode_sample", "encode_sample", "postencode_sample", "batch_group_criterion")
         return {
-            "lanes": self.plan.lanes,
-            "seed_offset": self.plan.seed,
-            "dataset": f"{len(source)} samples of {source.split_part!r} in {len(source.segments)} "
-            f"segments of shards, {seeds.number(source.shards, source.segments):x}",
-            "shuffle": self.plan.shuffle,
-            "repeat": self.plan.repeat,
-            "max_samples_per_sequence": self.plan.sequence,
-            "shuffle_buffer_size": self.plan.window,
+            "lanes": self.order.lanes,
+            "seed_offset": self.order.seed,
+            "dataset": "; ".join(source.identity for source in self.sources),
+            "blend": mixing.describe(self.order, [str(inside) for inside in self._inside()]),
+            "shuffle": leaf.shuffle and (leaf.span or False),
+            "repeat": self.repeats,
+            "max_samples_per_sequence": leaf.sequence,
+            "shuffle_buffer_size": leaf.window,
             "batch_size": self.batch_size,
             "batch_drop_last": self.batch_drop_last,
             "packing_buffer_size": self.packing_buffer_size,
@@ -149,7 +205,9 @@ class Dataset(Generic[T]):
 
     def batches(self, epoch: int) -> int:
         """Batches of one iteration in that epoch: the ranks' shares go round with the epochs."""
-        known = None if self.plan.repeat else self._count(epoch if self.plan.shuffle else 0)
+        known = None
+        if not (self.repeats or self._multiplies()):
+            known = self._count(epoch if self._shuffles else 0)
         counts = [count for count in (self.length, known) if count is not None]
         if not counts:
             raise TypeError(
@@ -158,18 +216,22 @@ class Dataset(Generic[T]):
             )
         return min(counts)
 
-    def _count(self, epoch: int) -> int | None:
+    def _multiplies(self) -> bool:
+        """Whether the number of samples does not tell the number of batches."""
         encoder = self.task_encoder
         functions: list[Any] = [method_of(encoder, name) for name in MULTIPLYING]
         functions += [cooker.cook for cooker in getattr(encoder, "cookers", ())]
-        if (
-            self.packing_buffer_size
-            or method_of(encoder, "batch_group_criterion")
+        return (
+            self.packing_buffer_size is not None
+            or method_of(encoder, "batch_group_criterion") is not None
             or any(isgeneratorfunction(function) for function in functions)
-        ):
-            return None
+        )
+
+    def _count(self, epoch: int) -> int:
         rounded = 0 if self.batch_drop_last else (self.batch_size or 1) - 1
-        sizes = (plan.lane_size(self.plan, epoch, lane) for lane in self.worker_config.rank_lanes)
+        sizes = (
+            mixing.lane_size(self.order, epoch, lane) for lane in self.worker_config.rank_lanes
+        )
         return sum((size + rounded) // (self.batch_size or 1) for size in sizes)
 
 
@@ -194,7 +256,7 @@ def lifts(dataset: Dataset[Any], lane: int, epoch: int) -> list[Lift]:
     encoder, config = dataset.task_encoder, dataset.worker_config
     # An endless dataset of which nothing comes out would hang for ever.
     longest = (dataset.batch_size or 0) + (dataset.packing_buffer_size or 0)
-    patience = 2 * len(dataset.plan) + longest + 1000 if dataset.plan.repeat else None
+    patience = 2 * len(dataset.order) + longest + 1000 if dataset.repeats else None
 
     def lift(*chain: Callable[[Any], Iterable[Any]], name: str) -> Lift:
         return partial(resumable, lambda items: pipe(items, *chain), name=name, patience=patience)
@@ -227,18 +289,30 @@ def lifts(dataset: Dataset[Any], lane: int, epoch: int) -> list[Lift]:
     def cooked(cooker: stages.Cooker) -> stages.Cooker:
         cook, marks = cooker.cook, marks_of(cooker, "cook")
         name = "cook_crude_sample"
-        if (method := method_of(encoder, name)) is not None:
-            cook, marks = partial(method, cooker=cooker, aux={}), marks_of(encoder, name)
-        return stages.Cooker(guard(cook, "cook", marks), cooker.has_subflavors)
+        method = method_of(encoder, name)
+        if method is not None:
+            marks = marks_of(encoder, name)
+        arguments = cache(lambda n: arguments_of(dataset, cooker, n))
+
+        def call(sample: Any) -> Any:
+            n, _ = dataset.place(sample["__restore_key__"][2])
+            given = arguments(n)(sample)
+            if method is None:
+                return cook(sample, **given)
+            return method(sample, cooker=cooker, aux=given)
+
+        return stages.Cooker(guard(call, "cook", marks), cooker.has_subflavors)
 
     encoding = ["preencode_sample", "encode_sample"]
     if dataset.packing_buffer_size is None:
         encoding.append("postencode_sample")
     cookers = [cooked(cooker) for cooker in getattr(encoder, "cookers", ())]
+    makes = [
+        guard(partial(source.make, decode=dataset.decoder), "decode") for source in dataset.sources
+    ]
     lifted = [
         lift(
-            partial(load, dataset, lane),
-            stages.encode_sample(guard(partial(decoded, dataset), "decode")),
+            partial(load, dataset, lane, makes),
             *([stages.cook(cookers)] if cookers else []),
             *each(of_sample, *encoding),
             numbered,
@@ -246,13 +320,22 @@ def lifts(dataset: Dataset[Any], lane: int, epoch: int) -> list[Lift]:
         )
     ]
     if dataset.packing_buffer_size is not None:
-        pack = stages.pack(
+        pack = partial(
+            stages.pack,
             own("select_samples_to_pack", of_lane),
             own("pack_selected_samples", of_lane),
             buffer_size=dataset.packing_buffer_size,
             postencode=own("postencode_sample", of_lane),
         )
-        lifted.append(lift(pack, name="pack"))
+        lifted.append(
+            partial(
+                resumable,
+                lambda items, held: pack(held=held)(items),
+                name="pack",
+                patience=patience,
+                gives_back=True,
+            )
+        )
 
     make = own("batch", of_lane) or guard(collate, "batch")
     if (criterion := own("batch_group_criterion", of_lane)) is not None:
@@ -272,30 +355,69 @@ def lifts(dataset: Dataset[Any], lane: int, epoch: int) -> list[Lift]:
     return lifted
 
 
-def load(dataset: Dataset[Any], lane: int, keys: Iterable[plan.Key]) -> Iterator[dict[str, Any]]:
-    """The raw samples of the keys, as they are at hand in the plan of a lane."""
-    source, lanes, here = dataset.source, dataset.plan.lanes, position.here
-    longest = len(dataset.plan) // lanes + dataset.plan.block  # no lane has more in an epoch
+def arguments_of(
+    dataset: Dataset[Any], cooker: stages.Cooker, n: int
+) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """What a cooker is given besides a sample of the ``n``-th source: stores, decoded, and cache.
+
+    Raises :class:`~energon_fn.DatasetError` if it does not take all that there is.
+    """
+
+    def decoding(store: FileStore) -> FileStore:
+        decode = dataset.decoder
+        return store if decode is None else DecodeFileStore(store, decoder=decode)
+
+    aux = {name: decoding(store) for name, store in dataset.aux[n].items()}
+    needs_primary, _ = stages.needs_of(cooker.cook)
+    primary = decoding(primary_store(dataset.sources[n])) if needs_primary else None
+    return cooker_arguments(cooker.cook, aux, primary, dataset.cache_pool)
+
+
+def load(
+    dataset: Dataset[Any],
+    lane: int,
+    makes: list[Callable[[dict[str, Any]], Any]],
+    keys: Iterable[Key],
+) -> Iterator[Any]:
+    """The samples of the keys, as they are at hand in the order of a lane: read, then made.
+
+    makes: what makes the sample of a raw one, for each source.
+    """
+    here, lanes, sources = position.here, dataset.order.lanes, dataset.sources
+    single, n, count = len(sources) == 1, 0, None
     for key in keys:
-        epoch, done = cast(plan.State, here.where)  # the plan's state after this key
-        here.sample_index = (epoch * longest + done - 1) * lanes + lane
-        position.doing("load", key)
-        raw = source.load(key[1])
-        raw["__restore_key__"] = ("sample", *key, 0)
-        position.at(key)
-        yield raw
+        if count is None:  # here.where is the order's state after this key
+            count = max(sum(mixing.drawn(dataset.order, lane, here.where)) - 1, 0)
+        here.sample_index, here.order = count * lanes + lane, here.where
+        count += 1
+        epoch, index = key
+        if not single:
+            n, index = dataset.place(index)
+        here.stage, here.item = "load", key
+        here.steps += 1
+        raw = sources[n].load(index)
+        raw["__restore_key__"] = ("sample", epoch, key[1], 0)
+        here.where, here.calls = key, 0
+        try:
+            yield makes[n](raw)
+        except SkipSample:
+            continue
 
 
 def numbered(samples: Iterable[T]) -> Iterator[T]:
     """The samples, with the number of each among those of its key in its restore key."""
     last, number = None, 0
     for sample in samples:
-        key = bookkeeping(sample, "__restore_key__")
+        if isinstance(sample, dict):
+            key = sample.get("__restore_key__")
+        else:
+            key = getattr(sample, "__restore_key__", None)
         if key:
-            number = number + 1 if key[1:3] == last else 0
-            last = key[1:3]
-            if number:
+            if key == last:
+                number += 1
                 mark(sample, (*key[:3], number))
+            else:
+                last, number = key, 0
         yield sample
 
 
@@ -306,16 +428,6 @@ def mark(item: Any, key: tuple[Any, ...]) -> None:
             item["__restore_key__"] = key
     elif hasattr(item, "__restore_key__"):
         object.__setattr__(item, "__restore_key__", key)  # of a frozen dataclass too
-
-
-def decoded(dataset: Dataset[Any], raw: dict[str, Any]) -> Any:
-    """The sample of the dataset's type, or the crude sample, of a raw one."""
-    parts = raw if dataset.decoder is None else dataset.decoder(raw)
-    return (
-        CrudeSample(parts)
-        if dataset.source.sample_type is None
-        else dataset.source.to_sample(parts)
-    )
 
 
 # A group's members travel with their key and size, so that grouping them again asks no user.

@@ -3,7 +3,7 @@
 A *key* is ``(epoch, index)``: the ``index``-th sample of the dataset in its ``epoch``-th round. The
 keys of an epoch are shared out over *lanes*; a lane's stream of keys is a pure function of the
 plan and the lane, so its state is two ints, and any position can be computed without what came
-before it.
+before it. This file orders one dataset; :mod:`energon_fn.mixing` mixes several.
 
 Training: the dataset is cut into sequences of neighbouring samples, the sequences are permuted,
 each lane gets an equal run of the result, and the run is mixed within windows of
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,8 @@ class Plan:
     sequence: cut the runs into sequences of at most so many samples (None: whole runs).
     window: mix the samples of a lane over so many neighbours (None or 1: not at all).
     block: how many samples a lane takes at a time when nothing is shuffled.
+    span: permute the sequences of so many rounds through the dataset together (None: not at all).
+    first: the index of the dataset's first sample, where several share one numbering.
     """
 
     runs: tuple[int, ...]
@@ -49,9 +51,16 @@ class Plan:
     sequence: int | None = None
     window: int | None = None
     block: int = 1
+    span: int | None = 1
+    first: int = 0
 
     def __len__(self) -> int:
         return sum(self.runs)
+
+    @property
+    def total(self) -> int:
+        """Samples of an epoch of the order: of ``span`` rounds through the dataset."""
+        return len(self) * ((self.shuffle and self.span) or 1)
 
 
 def keys(plan: Plan, lane: int, state: State | None = None) -> Iterator[tuple[Key, State]]:
@@ -64,13 +73,18 @@ def keys(plan: Plan, lane: int, state: State | None = None) -> Iterator[tuple[Ke
     [(0, 2), (0, 4)]
     """
     epoch, done = state or (0, 0)
+    size, first = len(plan), plan.first
+    span = plan.total // max(size, 1)
     while True:
+        sequences = _sequences(plan, epoch) if plan.shuffle else None
         while done < lane_size(plan, epoch, lane):
-            chunk, skip = _chunk(plan, epoch, lane, done)
-            for index in chunk[skip:].tolist():
+            chunk, skip = _chunk(plan, epoch, lane, done, sequences)
+            rounds, indices = np.divmod(chunk[skip:], size)
+            rounds, indices = rounds + epoch * span, indices + first
+            for key in zip(rounds.tolist(), indices.tolist(), strict=True):
                 done += 1
-                yield (epoch, index), (epoch, done)
-        if not plan.repeat or not len(plan):
+                yield key, (epoch, done)
+        if not plan.repeat or not size:
             return
         epoch, done = epoch + 1, 0
 
@@ -79,13 +93,11 @@ def lane_size(plan: Plan, epoch: int, lane: int) -> int:
     """How many samples the lane gets in that epoch; over all lanes it is every sample once.
 
     >>> [lane_size(Plan(runs=(5,), lanes=2, shuffle=True), epoch=0, lane=l) for l in range(2)]
-    [2, 3]
+    [3, 2]
     """
-    total = len(plan)
     if plan.shuffle:
-        first, last = _share(plan, epoch, lane)
-        return last - first
-    rounds, rest = divmod(total, plan.lanes * plan.block)
+        return _lane_part(plan, epoch, lane, plan.total)
+    rounds, rest = divmod(len(plan), plan.lanes * plan.block)
     lane = _dealt(plan, epoch, lane)
     return rounds * plan.block + min(max(rest - lane * plan.block, 0), plan.block)
 
@@ -100,18 +112,45 @@ def state_after(plan: Plan, lane: int, count: int) -> State:
     """
     if not count:
         return 0, 0
-    # A whole round, in which the lane has every share once, has every sample once.
-    rounds, before = divmod(count - 1, len(plan)) if plan.shuffle else (0, count - 1)
+    # While the shares go round once, the lane gets every one of them.
+    rounds, before = divmod(count - 1, plan.total) if plan.shuffle else (0, count - 1)
     epoch, count = rounds * plan.lanes, before + 1
     while count > (size := lane_size(plan, epoch, lane)):
         epoch, count = epoch + 1, count - size
     return epoch, count
 
 
-def _share(plan: Plan, epoch: int, lane: int) -> tuple[int, int]:
-    # Shares go round with the epochs: with fewer samples than lanes, everybody gets some in turn.
-    share = (lane + epoch) % plan.lanes
-    return len(plan) * share // plan.lanes, len(plan) * (share + 1) // plan.lanes
+def lane_count(plan: Plan, lane: int, count: int) -> int:
+    """How many of the first ``count`` samples of a shuffled, repeating plan are that lane's.
+
+    Over all lanes it is ``count``, whether or not that is a whole number of epochs.
+
+    >>> plan = Plan(runs=(5,), lanes=2, shuffle=True, repeat=True)
+    >>> [(lane_count(plan, 0, n), lane_count(plan, 1, n)) for n in (4, 5, 7, 10)]
+    [(2, 2), (3, 2), (4, 3), (5, 5)]
+    """
+    epochs, part = divmod(count, plan.total)
+    whole, rest = divmod(epochs, plan.lanes)
+    before = whole * plan.total + sum(lane_size(plan, epoch, lane) for epoch in range(rest))
+    return before + _lane_part(plan, epochs, lane, part)
+
+
+def _lane_part(plan: Plan, epoch: int, lane: int, part: int) -> int:
+    """How many of the first ``part`` samples of an epoch are the lane's: they are dealt out."""
+    each, rest = divmod(part, plan.lanes)
+    return each + (_turn(plan, epoch, lane) < rest)
+
+
+def _turn(plan: Plan, epoch: int, lane: int) -> int:
+    # Turns go round with the epochs: with fewer samples than lanes, everybody gets some in time.
+    return (lane + epoch) % plan.lanes
+
+
+def _share(plan: Plan, epoch: int, lane: int) -> int:
+    """Where the lane's share of the permuted epoch begins."""
+    each, rest = divmod(plan.total, plan.lanes)
+    turn = _turn(plan, epoch, lane)
+    return turn * each + min(turn, rest)
 
 
 def _dealt(plan: Plan, epoch: int, lane: int) -> int:
@@ -120,47 +159,64 @@ def _dealt(plan: Plan, epoch: int, lane: int) -> int:
     return (lane - epoch * blocks) % plan.lanes
 
 
-def _chunk(plan: Plan, epoch: int, lane: int, position: int) -> tuple[Ints, int]:
+def _chunk(
+    plan: Plan, epoch: int, lane: int, position: int, sequences: Ints | None
+) -> tuple[Ints, int]:
     """Indices of a stretch of the lane's epoch that holds ``position``, and where in it that is."""
     size = lane_size(plan, epoch, lane)
     window = plan.window or 1
     if not plan.shuffle or window < 2:
-        return _visit(plan, epoch, lane, np.arange(position, min(position + CHUNK, size))), 0
+        places = np.arange(position, min(position + CHUNK, size))
+        return _visit(plan, epoch, lane, places, sequences), 0
     # Two passes over windows that overlap by half: a sample can go up to 1.5 windows far, and
     # every place is open to a whole window of samples. Both passes are functions of the position.
     half = window // 2
     number = (position + window - half) // window
     start, stop = max(number * window - window + half, 0), min(number * window + half, size)
-    middle = start + seeds.permutation(stop - start, plan.seed, "pass 2", epoch, lane, number)
+    middle = start + seeds.permutation(
+        stop - start, plan.seed, plan.first, "pass 2", epoch, lane, number
+    )
     places = np.empty_like(middle)
     for first in range(start // window, (stop - 1) // window + 1):
         low, high = first * window, min((first + 1) * window, size)
         inside = (middle >= low) & (middle < high)
-        mixed = low + seeds.permutation(high - low, plan.seed, "pass 1", epoch, lane, first)
+        mixed = low + seeds.permutation(
+            high - low, plan.seed, plan.first, "pass 1", epoch, lane, first
+        )
         places[inside] = mixed[middle[inside] - low]
-    return _visit(plan, epoch, lane, places), position - start
+    return _visit(plan, epoch, lane, places, sequences), position - start
 
 
-def _visit(plan: Plan, epoch: int, lane: int, places: Ints) -> Ints:
-    """The dataset's indices at the given places of the lane's epoch."""
-    if not plan.shuffle:
-        rounds, within = np.divmod(places, plan.block)
-        return (rounds * plan.lanes + _dealt(plan, epoch, lane)) * plan.block + within
-    starts, ends = _sequences(plan, epoch)
-    places = places + _share(plan, epoch, lane)[0]
+def _visit(plan: Plan, epoch: int, lane: int, places: Ints, sequences: Ints | None) -> Ints:
+    """What is at the given places of the lane's epoch: indices, round after round of the span."""
+    if sequences is None:
+        rounds = places // plan.block * plan.lanes + _dealt(plan, epoch, lane)
+        return rounds * plan.block + places % plan.block
+    starts: Ints = sequences[0]
+    ends: Ints = sequences[1]
+    places = places + _share(plan, epoch, lane)
     number = np.searchsorted(ends, places, side="right")
     return starts[number] + places - ends[number]
 
 
-@lru_cache(maxsize=4)
-def _sequences(plan: Plan, epoch: int) -> tuple[Ints, Ints]:
-    """The permuted sequences of an epoch: index just behind each, and place just behind each."""
-    lengths = np.asarray(plan.runs, dtype=np.int64)
-    cut = plan.sequence or max(plan.runs, default=1)
+# Lanes of one process that are in the same epoch share its sequences, as long as one needs them.
+_in_use: WeakValueDictionary[tuple[Plan, int], Ints] = WeakValueDictionary()
+
+
+def _sequences(plan: Plan, epoch: int) -> Ints:
+    """The permuted sequences of an epoch: what is just behind each, and the place just behind."""
+    found = _in_use.get((plan, epoch))
+    if found is not None:
+        return found
+    lengths = np.tile(np.asarray(plan.runs, dtype=np.int64), plan.span or 1)
+    cut = plan.sequence or max((*plan.runs, 1))
     pieces = -(-lengths // cut)
     first = np.repeat(np.cumsum(lengths) - lengths, pieces)
     nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     size = np.minimum(np.repeat(lengths, pieces) - nth * cut, cut)
-    order = seeds.permutation(len(size), plan.seed, "sequences", epoch)
+    order = np.arange(len(size))
+    if plan.span is not None:
+        order = seeds.permutation(len(size), plan.seed, plan.first, "sequences", epoch)
     stops = (first + nth * cut + size)[order]
-    return stops, np.cumsum(size[order])
+    found = _in_use[plan, epoch] = np.stack([stops, np.cumsum(size[order])])
+    return found

@@ -7,7 +7,8 @@ what it hangs in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -17,6 +18,8 @@ class Position:
 
     where: object = None
     """The item's place in its stream, plain data."""
+    order: Any = None
+    """The state of the order behind the last sample that was loaded."""
     calls: int = 0
     """Random functions called for it so far."""
     sample_index: int = 0
@@ -29,6 +32,8 @@ class Position:
     """What it is done to."""
     steps: int = 0
     """Things done so far: while this grows, nothing hangs."""
+    counts: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Sums of what there is to report, such as packs and their fill."""
 
 
 here = Position()
@@ -43,3 +48,8 @@ def doing(stage: str, item: Any) -> None:
     """Say what is done to it."""
     here.stage, here.item = stage, item
     here.steps += 1
+
+
+def count(what: str, amount: float) -> None:
+    """Add to what there is to report."""
+    here.counts[what] += amount

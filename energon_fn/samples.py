@@ -44,18 +44,23 @@ def key_of(item: Any) -> str | None:
     >>> key_of(a), key_of([a, b]), key_of(7)
     ('a', 'a .. b (2)', None)
     """
+    # It is asked for every sample: those are a dict with a key, an object with one, or a tensor.
+    fields = item if isinstance(item, dict) else getattr(item, "__dict__", None)
+    own = fields.get("__key__") if fields else None
+    if isinstance(own, str) or not (fields or isinstance(item, list | tuple)):
+        return own
     if isinstance(item, list | tuple):
-        keys: list[Any] = [key for key in map(key_of, item) if key is not None]
-    else:
-        found = item if isinstance(item, Mapping) else getattr(item, "__dict__", {})
+        own = [key for key in map(key_of, item) if key is not None]
+    elif own is None:
+        found: Any = item if isinstance(item, Mapping) else fields
         own = found.get("__key__") or found.get("__keys__")
-        keys = list(own) if isinstance(own, list | tuple) else [own]
+    keys = list(own) if isinstance(own, list | tuple) else [own]
     if len(keys) > 1:
         return f"{keys[0]} .. {keys[-1]} ({len(keys)})"
     return keys[0] if keys and isinstance(keys[0], str) else None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True, unsafe_hash=True)  # frozen would take thrice the time to make
 class SourceInfo:
     """Where a sample was read from."""
 
@@ -97,6 +102,10 @@ def basic_sample_keys(sample: Any) -> dict[str, Any]:
     return {name: getattr(sample, name) for name in BOOKKEEPING if hasattr(sample, name)}
 
 
+def _fields_of(sample: Any) -> dict[str, Any]:
+    return {field.name: getattr(sample, field.name) for field in dataclasses.fields(sample)}
+
+
 def _inherited(cls: Any, base: Any) -> dict[str, Any]:
     """Those bookkeeping fields of ``base`` that ``cls`` has too."""
     declared = {field.name for field in dataclasses.fields(cls) if field.init}
@@ -129,6 +138,39 @@ class Sample:
         ('a', {'lang': 'en'})
         """
         return cls(**{**_inherited(cls, base_sample), **fields})
+
+    @classmethod
+    def from_joined(cls, *samples: Any, **named: Any) -> Self:
+        """A sample of this type of those that a join puts together, one of each dataset.
+
+        As it is here, it has all their data fields, a later one's before an earlier one's; key and
+        subflavors of the first, the sources of all. None, which stands for a missing sample, is
+        passed over. For anything else write this method in your sample type: static or of the
+        class, with a parameter for each dataset (of its name, if the datasets are joined by name).
+
+        >>> picture = ImageSample(__key__="a", image=torch.zeros(3, 2, 2))
+        >>> label = ImageClassificationSample(__key__="a", image=torch.ones(3, 1, 1), label=7)
+        >>> ImageClassificationSample.from_joined(label, picture)
+        ImageClassificationSample(__key__='a', ..., image=tensor([[[0., 0.], ...), label=7, ...)
+        """
+        if named:
+            raise TypeError(
+                f"{cls.__name__} has no from_joined for datasets by name ({', '.join(named)}): "
+                "write one, or join a list of datasets"
+            )
+        values: dict[str, Any] = {}
+        for sample in samples:
+            if sample is not None:
+                own = sample if isinstance(sample, Mapping) else _fields_of(sample)
+                values |= {name: own[name] for name in own if name not in BOOKKEEPING}
+        sources = _concat(basic_sample_keys(sample).get("__sources__") for sample in samples)
+        try:
+            return cls.derive_from(samples[0], __sources__=sources, **values)
+        except TypeError as error:
+            raise TypeError(
+                f"{error}. The joined samples have {', '.join(values)}: write a from_joined that "
+                "says what becomes of them, in a sample type of your own"
+            ) from error
 
 
 @edataclass

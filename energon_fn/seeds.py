@@ -10,9 +10,10 @@ Where is kept in :mod:`energon_fn.position`; a user's function is seeded from it
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,9 +52,12 @@ def permutation(n: int, *what: object) -> npt.NDArray[np.int64]:
     return np.argsort(x, kind="stable")
 
 
+_before: list[tuple[Callable[[Any], object], Any]] | None = None  # of the generators, once reseeded
+
+
 @contextmanager
 def untouched() -> Iterator[None]:
-    """Leave the global random generators, when all is done, as they were before.
+    """Leave the global random generators, when all is done, as :func:`reseed` found them.
 
     >>> random.seed(1); a = random.random(); random.seed(1)
     >>> with untouched():
@@ -61,13 +65,14 @@ def untouched() -> Iterator[None]:
     >>> random.random() == a
     True
     """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    global _before
+    outer, _before = _before, []
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        before, _before = _before, outer
+        for restore, state in before:
+            restore(state)
 
 
 def reseed(seed: int, what: str) -> None:
@@ -83,6 +88,10 @@ def reseed(seed: int, what: str) -> None:
     >>> (a == c, a == b)
     (True, False)
     """
+    if _before == []:  # saving takes longer than seeding: only where it is needed
+        _before.append((random.setstate, random.getstate()))
+        _before.append((np.random.set_state, np.random.get_state()))
+        _before.append((torch.set_rng_state, torch.get_rng_state()))
     x = number(seed, what, here.where, here.calls)
     here.calls += 1
     random.seed(x)

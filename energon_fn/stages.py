@@ -17,13 +17,14 @@ the generator, and pickles if the functions in it do. Where a user's function is
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from inspect import signature
 from itertools import islice
 from types import GeneratorType
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
 from energon_fn.collation import collate as default_collate
 from energon_fn.decoding import decoder
@@ -33,6 +34,7 @@ from energon_fn.samples import CrudeSample
 T = TypeVar("T")
 U = TypeVar("U")
 P = ParamSpec("P")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Stage(Generic[T, U]):
@@ -214,6 +216,43 @@ class Cooker:
         return all(name in subflavors and subflavors[name] == value for name, value in wanted)
 
 
+@overload
+def cooker(
+    fn: None = None, *, need_cache: bool = False, need_primary: bool = False
+) -> Callable[[F], F]: ...
+@overload
+def cooker(fn: F, *, need_cache: bool = False, need_primary: bool = False) -> F: ...
+def cooker(
+    fn: F | None = None, *, need_cache: bool = False, need_primary: bool = False
+) -> F | Callable[[F], F]:
+    """Say what a cooker is given besides the sample and the dataset's auxiliary stores.
+
+    need_cache: the cache pool, as ``cache``, see :mod:`energon_fn.caching`.
+    need_primary: the files of the dataset that the sample is of, as ``primary``, see
+    :class:`~energon_fn.stores.PrimaryFileStore`.
+
+    >>> @cooker(need_primary=True)
+    ... def seconds(sample, primary):
+    ...     return primary.get_media_metadata(".wav").audio_duration
+    >>> needs_of(seconds)
+    (True, False)
+    """
+
+    def mark(fn: F) -> F:
+        fn.__dict__.update(_needs=(need_primary, need_cache))
+        return fn
+
+    return mark if fn is None else mark(fn)
+
+
+def needs_of(cook: Callable[..., Any]) -> tuple[bool, bool]:
+    """Whether a cooker needs the primary dataset, and the cache pool: what ``@cooker`` said."""
+    while isinstance(cook, partial):
+        cook = cook.func
+    needs: tuple[bool, bool] = getattr(cook, "_needs", (False, False))
+    return needs
+
+
 def find_cooker(sample: Mapping[str, Any], cookers: Sequence[Cooker]) -> Cooker:
     """The first cooker that takes the crude sample.
 
@@ -278,6 +317,28 @@ def shuffle(items: Iterable[T], buffer_size: int, seed: int = 0) -> Iterator[T]:
     yield from buffer
 
 
+class PackedSamplesOutput(list[list[T]]):
+    """Groups of samples to pack, and samples that are given back to the buffer.
+
+    A function that selects samples may return it in place of a list of lists: those in ``pushback``
+    come first in the next buffer, in this order. They must be among the samples it was given, and
+    as they were. Source: docs/source/advanced/packing.md of Megatron-Energon.
+
+    >>> output = PackedSamplesOutput(packs=[[3, 5], [8]], pushback=[1])
+    >>> output, output.packs, output.pushback
+    ([[3, 5], [8]], [[3, 5], [8]], [1])
+    """
+
+    def __init__(self, packs: Iterable[list[T]], pushback: Iterable[T] = ()):
+        super().__init__(packs)
+        self.pushback = list(pushback)
+
+    @property
+    def packs(self) -> list[list[T]]:
+        """The groups: this very list."""
+        return self
+
+
 @stage
 def pack(
     items: Iterable[T],
@@ -286,12 +347,18 @@ def pack(
     *,
     buffer_size: int,
     postencode: Callable[[T], T | Iterator[T]] | None = None,
+    held: list[T] | None = None,
 ) -> Iterator[U]:
     """Collect ``buffer_size`` items, select groups of them, and join each group to one item.
 
     select: list of items -> groups (lists), returned or yielded; items in no group are dropped.
+    A :class:`PackedSamplesOutput` can give items back to the buffer: it is filled up behind them.
+    :mod:`energon_fn.packing` has functions that select.
     join: group -> packed item. postencode: runs on each selected item before the join.
-    The last buffer holds what remains.
+    held: the list in which items that are given back wait, if the caller wants to see it.
+    The last buffers hold what remains, until all are selected, dropped, or given back once more.
+
+    Raises ValueError if a full buffer is given back whole, since nothing would ever come.
 
     >>> def up_to_ten(lengths):
     ...     group, groups = [], []
@@ -306,22 +373,41 @@ def pack(
     """
     _check("pack's buffer_size", buffer_size)
     items = iter(items)
-    while buffer := list(islice(items, buffer_size)):
-        for chosen in _selected(select, buffer):
+    held = [] if held is None else held
+    while buffer := [*held, *islice(items, buffer_size - len(held))]:
+        held.clear()
+        for chosen in _selected(select, buffer, held):
             if postencode is not None:
                 chosen = list(_each(chosen, postencode))
             if chosen:
                 yield from apply(join, chosen)
+        if len(held) == len(buffer):
+            if len(held) < buffer_size:  # no more comes, and these do not go together
+                return
+            raise ValueError(
+                f"the function that selects samples to pack gave back all {buffer_size} of a full "
+                "buffer: it must select or drop some. Or let buffer_size be larger"
+            )
 
 
-def _selected(select: Callable[[list[T]], Iterable[list[T]]], buffer: list[T]) -> Iterator[list[T]]:
+def _selected(
+    select: Callable[[list[T]], Iterable[list[T]]], buffer: list[T], held: list[T]
+) -> Iterator[list[T]]:
+    """The groups; what is given back is in ``held`` before the first comes."""
     try:
-        groups = select(buffer)
+        groups = select(list(buffer))
         if groups is None:
             raise TypeError(
                 "the function that selects samples to pack returned None: return the groups, a "
                 "list of lists, or yield them"
             )
+        if isinstance(groups, PackedSamplesOutput) and groups.pushback:
+            held.extend(groups.pushback)
+            if Counter(map(id, held)) - Counter(map(id, buffer)):
+                raise ValueError(
+                    "the function that selects samples to pack gave back something that was not in "
+                    "its buffer, or the same sample twice: give back the very objects it was given"
+                )
         for group in groups:
             if not isinstance(group, list | tuple):
                 raise TypeError(

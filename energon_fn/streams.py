@@ -28,7 +28,12 @@ Stage = Callable[[Iterator[T]], Iterable[U]]
 
 
 def resumable(
-    stage: Stage[T, U], upstream: Stream[T], *, name: str = "a stage", patience: int | None = None
+    stage: Callable[..., Iterable[U]],
+    upstream: Stream[T],
+    *,
+    name: str = "a stage",
+    patience: int | None = None,
+    gives_back: bool = False,
 ) -> Stream[U]:
     """Lift a stage that holds nothing whenever it pulls after it has emitted.
 
@@ -37,6 +42,12 @@ def resumable(
     how many of its outputs were delivered, the last one's key if it has one)``; going on replays
     that one run. Lift stages one by one: one to many and then ``batch``, say, piped together, are
     not of this kind, since ``batch`` then pulls while the other still holds something.
+
+    gives_back: the stage is called as ``stage(items, held)`` and may leave items in the list
+    ``held`` for its next run, as ``pack`` does with samples that are given back. While there are
+    any, the state has a fourth part: the states in front of the items that were held when the run
+    began, some 60 bytes each. Going on, each is made again from its own. Such items must be
+    objects of their own, and left as they came.
 
     Raises :class:`~energon_fn.StateError` if the replay does not come to the same key, naming the
     stage ``name``, and :class:`~energon_fn.FatalSampleError` after ``patience`` items without an
@@ -59,17 +70,24 @@ def resumable(
     """
 
     def stream(state: State = None) -> Iterator[tuple[U, State]]:
-        run, drop, expected = state or (None, 0, None)
-        last, emitted, pulled = run, 0, 0
+        run, drop, expected, *rest = state or (None, 0, None)
+        before: tuple[State, ...] = rest[0] if rest else ()
+        held = [_made_again(upstream, origin, name) for origin in before]
+        origins = dict(zip(map(id, held), before, strict=True))
+        last = place = run
+        emitted, pulled = 0, 0
         items = upstream(run)
 
         def pull() -> Iterator[T]:
-            nonlocal run, last, drop, emitted, pulled
+            nonlocal run, before, origins, last, place, drop, emitted, pulled
             while True:
                 if emitted < drop and (emitted or pulled == patience):
                     raise _diverged(name, expected, "no more")
                 if emitted:  # a new run begins
                     run, drop, emitted, pulled = last, 0, 0, 0
+                    if gives_back:
+                        before = tuple(origins[id(item)] for item in held)
+                        origins = dict(zip(map(id, held), before, strict=True))
                 elif pulled == patience:
                     raise FatalSampleError(
                         f"nothing came of {pulled} items in a row: all of them were skipped, or no "
@@ -79,18 +97,24 @@ def resumable(
                 pulled += 1
                 item = next(items, None)
                 if item is None:
+                    if before:  # a run of held items alone has a place of its own, too
+                        place = last, len(before)
+                        position.at(place)
                     return
-                last = item[1]
-                position.at(last)
+                if gives_back:
+                    origins[id(item[0])] = last
+                last = place = item[1]
+                position.at(place)
                 yield item[0]
 
-        for output in stage(pull()):
+        for output in stage(pull(), held) if gives_back else stage(pull()):
             emitted += 1
             if emitted > drop:
-                yield output, (run, emitted, key_of(output))
+                key = key_of(output)
+                yield output, (run, emitted, key, before) if before else (run, emitted, key)
             elif emitted == drop and expected != key_of(output):
                 raise _diverged(name, expected, key_of(output))
-            position.at((last, emitted))  # others ran meanwhile, and there may be more of this run
+            position.at((place, emitted))  # others ran meanwhile, and there may be more of this run
         if emitted < drop:
             raise _diverged(name, expected, "no more")
 
@@ -139,11 +163,9 @@ def holding(
         def pull() -> Iterator[T]:
             nonlocal last
             for origin in before:
-                found = next(upstream(origin), None)
-                if found is None:
-                    raise _diverged(name, "of a held sample", "no more")
-                held[id(found[0])] = origin
-                yield found[0]
+                item = _made_again(upstream, origin, name)
+                held[id(item)] = origin
+                yield item
             for item, after in upstream(last):
                 if len(held) == patience:
                     raise FatalSampleError(
@@ -160,6 +182,14 @@ def holding(
             yield output, (last, tuple(held.values()))
 
     return stream
+
+
+def _made_again(upstream: Stream[T], origin: State, name: str) -> T:
+    """The item that comes behind that state."""
+    found = next(upstream(origin), None)
+    if found is None:
+        raise _diverged(name, "of a held sample", "no more")
+    return found[0]
 
 
 def _diverged(name: str, expected: object, got: object) -> StateError:

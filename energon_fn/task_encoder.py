@@ -63,7 +63,11 @@ class TaskEncoder(Protocol[T_sample, T_encoded_sample, T_raw_batch, T_batch]):
     def select_samples_to_pack(
         self, samples: list[T_encoded_sample]
     ) -> list[list[T_encoded_sample]]:
-        """Select the groups of samples that are to be packed to one each."""
+        """Select the groups of samples that are to be packed to one each.
+
+        :mod:`energon_fn.packing` has functions that do. A
+        :class:`~energon_fn.PackedSamplesOutput` can give samples back to the buffer.
+        """
         raise TypeError("packing needs select_samples_to_pack: override it.")
 
     def pack_selected_samples(self, samples: list[T_encoded_sample]) -> T_encoded_sample:

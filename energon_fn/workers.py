@@ -19,8 +19,8 @@ import sys
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from socket import socket, socketpair
 from typing import Any, NamedTuple
@@ -45,6 +45,8 @@ class Delivery:
     lane: int
     batch: Any = None
     state: State = None
+    counts: Mapping[str, float] = field(default_factory=dict)
+    """What was counted on the way to it, see :func:`energon_fn.position.count`."""
 
 
 def deliveries(streams: Streams, epoch: int, lanes: dict[int, State]) -> Iterator[Delivery]:
@@ -61,7 +63,10 @@ def deliveries(streams: Streams, epoch: int, lanes: dict[int, State]) -> Iterato
             item = next(stream, None)
             if item is None:
                 del running[lane]
-            yield Delivery(lane, *item or ())
+            counts = dict(position.here.counts)
+            position.here.counts.clear()
+            batch, state = item or (None, None)
+            yield Delivery(lane, batch, state, counts)
 
 
 class Local:
@@ -106,14 +111,20 @@ class Worker(NamedTuple):
 
 
 class Pool:
-    """The workers of one rank: ``count`` processes."""
+    """The workers of one rank: ``count`` processes. ``after`` is called when they have ended."""
 
-    def __init__(self, streams: Streams, count: int, options: PoolOptions):
+    def __init__(
+        self,
+        streams: Streams,
+        count: int,
+        options: PoolOptions,
+        after: Callable[[], object] = lambda: None,
+    ):
         self._streams, self._options = streams, options
         self._workers = [_start(streams, options) for _ in range(count)]
         self._restarts = options.restarts
         self._run = 0
-        self.close: Callable[[], Any] = weakref.finalize(self, _stop, self._workers)
+        self.close: Callable[[], Any] = weakref.finalize(self, _end, self._workers, after)
         """End the workers; this also happens when the pool, or the process, goes."""
 
     def start(self, epoch: int, lanes: dict[int, State]) -> None:
@@ -208,6 +219,11 @@ def _start(streams: Streams, options: PoolOptions) -> Worker:
     for connection in theirs:
         connection.close()
     return Worker(process, *ours)
+
+
+def _end(workers: list[Worker], after: Callable[[], object]) -> None:
+    _stop(workers)
+    after()
 
 
 def _stop(workers: list[Worker]) -> None:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import hypothesis
@@ -79,7 +79,7 @@ def _nothing_told_yet() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Indices of the test's datasets go with them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ENERGON_FN_CACHE", str(tmp_path_factory.mktemp("cache")))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import subprocess
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +17,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from energon_fn.collation import batch_list, batch_pad_stack, batch_stack, collate, generic_batch
+from energon_fn.collation import (
+    batch_list,
+    batch_pad_stack,
+    batch_stack,
+    collate,
+    concat_pad,
+    generic_batch,
+    generic_concat,
+    homogeneous_concat_mix,
+)
 from energon_fn.errors import SkipSample
 from energon_fn.samples import (
     Batch,
@@ -463,3 +474,118 @@ def test_wrong_arguments() -> None:
         collate([])
     with pytest.raises(TypeError, match=r"dataclass, a namedtuple or dict, not int.*`batch`"):
         collate([captioning("a")], int)
+
+
+# ------------------------------------------------------------------------------- joining batches
+
+
+@QUICK
+@given(same_rank_tensors())
+def test_concatenating_pads_all_dimensions_but_the_first(tensors: list[torch.Tensor]) -> None:
+    if tensors[0].dim() == 0:
+        with pytest.raises(ValueError, match="use batch_stack"):
+            concat_pad(tensors)
+        return
+    joined = concat_pad(tensors)
+    longest = [max(lengths) for lengths in zip(*(t.shape for t in tensors), strict=True)]
+    assert joined.shape == (sum(map(len, tensors)), *longest[1:])
+    assert joined.dtype == tensors[0].dtype
+    start = 0
+    for tensor in tensors:
+        part = joined[start : start + len(tensor)]
+        assert torch.equal(part[tuple(map(slice, tensor.shape))], tensor)
+        assert int((part != 0).sum()) == tensor.numel()  # all else is padding
+        start += len(tensor)
+
+
+def test_what_cannot_be_concatenated_is_told() -> None:
+    with pytest.raises(ValueError, match="numbers of dimensions differ"):
+        concat_pad([torch.ones(2), torch.ones(2, 3)])
+    with pytest.raises(ValueError, match="dtypes differ"):
+        concat_pad([torch.ones(2), torch.ones(2, dtype=torch.int)])
+    with pytest.raises(TypeError, match="value 1, a list"):
+        concat_pad([torch.ones(2), [1]])
+    with pytest.raises(ValueError, match="no values"):
+        concat_pad([])
+    with pytest.raises(ValueError, match="no batches"):
+        homogeneous_concat_mix([])
+    assert concat_pad([np.ones((1, 2)), np.ones((2, 1))]).tolist() == [[1, 1], [1, 0], [1, 0]]
+
+
+class Pair(NamedTuple):
+    ids: torch.Tensor
+    texts: list[str]
+
+
+@dataclass
+class Texts:
+    ids: torch.Tensor
+    texts: list[str]
+
+
+@pytest.mark.parametrize("kind", [Pair, Texts, dict])
+def test_batches_of_one_type_become_one_of_that_type(kind: Any) -> None:
+    batches = [
+        kind(ids=torch.tensor([[1, 2], [3, 4]]), texts=["a", "b"]),
+        kind(ids=torch.tensor([[5]]), texts=["c"]),
+    ]
+    for join in (generic_concat, homogeneous_concat_mix):
+        joined: Any = join(batches)
+        assert type(joined) is kind
+        fields = joined if kind is dict else {n: getattr(joined, n) for n in ("ids", "texts")}
+        assert fields["ids"].tolist() == [[1, 2], [3, 4], [5, 0]]
+        assert fields["texts"] == [["a", "b"], ["c"]]
+
+
+def test_what_is_not_of_one_kind_is_listed() -> None:
+    ids = torch.tensor([1])
+    for values in (
+        [Pair(ids, []), Texts(ids, [])],
+        [ids, None],
+        [{"a": ids}, {"b": ids}],
+        ["a", "b"],
+        [1, 2],
+        [None, None],
+    ):
+        assert generic_concat(values) is not values
+        assert generic_concat(iter(values)) == values
+    assert homogeneous_concat_mix([Pair(ids, []), Texts(ids, [])]) == [
+        Pair(ids, []),
+        Texts(ids, []),
+    ]
+    assert homogeneous_concat_mix([{"a": ids}, ids]) == [{"a": ids}, ids]
+
+
+# Evaluated here and in the published package's Python.
+CASES = """[
+    show(concat_pad([ones(2, 3), ones(1, 3)])),
+    show(concat_pad([ones(2, 3).int(), ones(1, 4).int()])),
+    show(concat_pad([ones(2), ones(3)])),
+    show(generic_concat([ones(2, 1, 2), ones(1, 3, 1)])),
+    show(generic_concat([[1, 2], [3]])),
+    show(generic_concat(["a", "b"])),
+    show(generic_concat([None, None])),
+    show(generic_concat([{"a": ones(1, 2), "b": ["x"]}, {"a": ones(2, 1), "b": ["y", "z"]}])),
+    show(generic_concat([{"a": {"b": 1}}, {"a": {"b": 2}}])),
+    show(homogeneous_concat_mix([{"a": ones(1, 2)}, {"a": ones(2, 3)}])),
+    show(homogeneous_concat_mix([ones(1, 2), ones(2, 3)])),
+    show(homogeneous_concat_mix([["a"], ["b", "c"]])),
+]"""
+SHOW = """
+import json, sys
+from torch import ones, is_tensor
+def show(thing):
+    if isinstance(thing, dict):
+        return {key: show(value) for key, value in thing.items()}
+    return [str(thing.dtype), thing.tolist()] if is_tensor(thing) else thing
+"""
+
+
+def test_the_published_functions_do_the_same(published_python: str) -> None:
+    imported = "from {} import concat_pad, generic_concat, homogeneous_concat_mix"
+    theirs = f"{SHOW}\n{imported.format('megatron.energon')}\nprint(json.dumps({CASES}))"
+    command = [published_python, "-W", "ignore", "-c", theirs]
+    found = subprocess.run(command, check=True, capture_output=True).stdout
+    ours: dict[str, Any] = {}
+    exec(f"{SHOW}\n{imported.format('energon_fn.collation')}\nfound = {CASES}", ours)
+    assert json.loads(found) == ours["found"]

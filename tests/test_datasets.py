@@ -272,7 +272,7 @@ def test_split_parts_and_split_files(own_pets: Path) -> None:
 
 def test_val_datasets_are_the_val_dataset_and_its_source(pets: Path) -> None:
     [(dataset, source)] = get_val_datasets(pets, batch_size=2, worker_config=here())
-    assert source is dataset.source
+    assert dataset.sources == (source,)
     assert [source.key(i) for i in range(len(source))] == ["00007", "00008", "00009"]
     assert [batch.__key__ for batch in get_loader(dataset)] == [["00007", "00008"], ["00009"]]
 

@@ -1,11 +1,12 @@
 """The plan: every sample once, from any position, mixed as asked."""
 
+from dataclasses import replace
 from itertools import islice, pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from energon_fn.plan import Plan, keys, lane_size
+from energon_fn.plan import Plan, keys, lane_count, lane_size
 
 plans = st.builds(
     Plan,
@@ -16,6 +17,8 @@ plans = st.builds(
     sequence=st.none() | st.integers(1, 9),
     window=st.none() | st.integers(1, 40),
     block=st.integers(1, 5),
+    span=st.none() | st.integers(1, 3),
+    first=st.integers(0, 100),
 )
 
 
@@ -25,8 +28,12 @@ def test_every_sample_once_over_all_lanes(plan: Plan, epoch: int) -> None:
     assert [len(lane) for lane in lanes] == [
         lane_size(plan, epoch, lane) for lane in range(plan.lanes)
     ]
-    assert sorted(index for lane in lanes for _, index in lane) == list(range(len(plan)))
-    assert {epoch for lane in lanes for epoch, _ in lane} <= {epoch}
+    span = (plan.span or 1) if plan.shuffle else 1
+    assert sorted(key for lane in lanes for key in lane) == [
+        (round_, plan.first + index)
+        for round_ in range(epoch * span, epoch * span + span)
+        for index in range(len(plan))
+    ]
 
 
 @given(plans, st.data())
@@ -39,8 +46,6 @@ def test_every_state_goes_on_exactly(plan: Plan, data: st.DataObject) -> None:
 
 @given(plans.filter(len), st.data())
 def test_repeating_goes_through_epochs(plan: Plan, data: st.DataObject) -> None:
-    from dataclasses import replace
-
     endless, lane = replace(plan, repeat=True), data.draw(st.integers(0, plan.lanes - 1))
     epochs = [[k for k, _ in keys(plan, lane, (epoch, 0))] for epoch in range(2 * plan.lanes)]
     expected = [key for epoch in epochs for key in epoch]
@@ -48,6 +53,33 @@ def test_repeating_goes_through_epochs(plan: Plan, data: st.DataObject) -> None:
     assert [key for key, _ in stream] == expected
     for done, (_, state) in enumerate(stream[:-1], 1):
         assert next(keys(endless, lane, state)) == stream[done]
+
+
+@given(plans.filter(len), st.integers(0, 500), st.data())
+def test_any_number_of_samples_is_dealt_to_the_lanes(
+    plan: Plan, count: int, data: st.DataObject
+) -> None:
+    endless = replace(plan, shuffle=True, repeat=True)
+    counts = [lane_count(endless, lane, count) for lane in range(plan.lanes)]
+    assert sum(counts) == count
+    more = [lane_count(endless, lane, count + 1) for lane in range(plan.lanes)]
+    assert sorted(b - a for a, b in zip(counts, more, strict=True)) == [0] * (plan.lanes - 1) + [1]
+    epochs = data.draw(st.integers(0, 5))
+    for lane in range(plan.lanes):
+        assert lane_count(endless, lane, epochs * endless.total) == sum(
+            lane_size(endless, epoch, lane) for epoch in range(epochs)
+        )
+
+
+def test_without_a_span_the_sequences_keep_their_order() -> None:
+    plan = Plan(runs=(7, 4), lanes=2, shuffle=True, span=None)
+    assert [index for (_, index), _ in keys(plan, 0)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_span_mixes_several_rounds() -> None:
+    plan = Plan(runs=(10,) * 10, shuffle=True, span=3)
+    order = [round_ for (round_, _), _ in keys(plan, 0)]
+    assert order != sorted(order)
 
 
 def test_lanes_in_turn_give_the_datasets_order() -> None:

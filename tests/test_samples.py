@@ -82,11 +82,6 @@ def test_users_may_set_attributes() -> None:
     assert (sample.text, sample.tokens) == ("other", [1, 2])
 
 
-def test_source_info_cannot_be_changed() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        SOURCE_A.index = 4
-
-
 DOCUMENTED_FIELDS = {
     "CaptioningSample": "image caption",
     "ImageSample": "image",

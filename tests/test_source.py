@@ -12,7 +12,7 @@ import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import groupby
+from itertools import combinations_with_replacement, groupby
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +233,12 @@ exclude: ['{b,z}.tar', 'a.tar/a{000..001}', a.tar/a003, sub/d.tar/x/y/001, c.tar
         Segment(0, 2, 3), Segment(2, 0, 3), Segment(3, 0, 1), Segment(3, 2, 3),
     )  # fmt: skip
     assert keys(source) == ["a002", "c000", "c001", "c002", "x/y/000", "x/y/002"]
+    assert source.keys() == keys(source)
+    for start, stop in combinations_with_replacement(range(7), 2):
+        cut = source.cut(start, stop)
+        assert cut.keys() == keys(source)[start:stop]
+        assert [cut.find(key) for key in keys(cut)] == list(range(stop - start))
+        assert all(cut.runs)
     assert [source.find(key) for key in keys(source)] == list(range(6))
     for key in ("a000", "b000", "x/y/001", "none"):
         assert source.find(key) is None
@@ -283,8 +289,9 @@ def test_counts_that_do_not_fit_the_index(tmp_path: Path) -> None:
     prepare(tmp_path, THREE)
     info = tmp_path / ".nv-meta" / ".info.json"
     info.write_text(info.read_text().replace('"b.tar": 1', '"b.tar": 2'))
-    with pytest.raises(DatasetError, match=r"no sample 1 of b\.tar: .* prepare"):
-        loaded(open_source(tmp_path))
+    for reading in (loaded, Source.keys):
+        with pytest.raises(DatasetError, match=r"no sample 1 of b\.tar: .* prepare"):
+            reading(open_source(tmp_path))
     (tmp_path / ".nv-meta" / "index.sqlite").unlink()
     with pytest.raises(DatasetError, match=r"b\.tar has 1 samples and had 2 when .* prepare"):
         open_source(tmp_path)

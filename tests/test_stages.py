@@ -26,6 +26,7 @@ from energon_fn.errors import DatasetError, IgnoreSample, SkipSample
 from energon_fn.samples import CrudeSample
 from energon_fn.stages import (
     Cooker,
+    PackedSamplesOutput,
     Stage,
     batch,
     cook,
@@ -178,6 +179,90 @@ def test_select_that_skips_after_some_groups_keeps_those() -> None:
         raise SkipSample
 
     assert list(pack(select, list, buffer_size=2)([1, 2, 3])) == [[1], [3]]
+
+
+def odd_back(buffer: list[int]) -> Any:
+    """The even ones in one group; the odd ones wait, but if there are only such, one goes."""
+    even, odd = [n for n in buffer if n % 2 == 0], [n for n in buffer if n % 2]
+    return PackedSamplesOutput([even or odd[:1]], odd if even else odd[1:])
+
+
+@given(items, sizes)
+def test_items_given_back_come_first_in_the_next_buffer(items: list[int], size: int) -> None:
+    expected: list[Any] = []
+    waiting: list[int] = []
+    rest, pulled = list(items), 0
+    while waiting or rest:
+        new = size - len(waiting)
+        buffer, rest = waiting + rest[:new], rest[new:]
+        pulled = min(pulled + new, len(items))
+        (chosen,), waiting = odd_back(buffer), odd_back(buffer).pushback
+        expected += [(output, pulled) for output in by_hand(chosen)]
+    assert traced(pack(odd_back, user, buffer_size=size), items) == expected
+
+
+def test_what_is_given_back_is_seen_and_can_be_carried_on() -> None:
+    def fours(buffer: list[int]) -> Any:
+        return PackedSamplesOutput([buffer[:4]] if len(buffer) >= 4 else [], buffer[4:])
+
+    def whole_fours(buffer: list[int]) -> Any:
+        return fours(buffer) if len(buffer) >= 4 else PackedSamplesOutput([], buffer)
+
+    held: list[int] = []
+    seen = [list(held) for _ in pack(fours, len, buffer_size=6, held=held)(range(9))]
+    assert seen == [[4, 5], [8]]
+    assert held == []
+    assert list(pack(whole_fours, list, buffer_size=6, held=held)(range(9))) == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+    ]
+    assert held == [8]  # no group can be made of it, and no more comes
+    assert list(pack(whole_fours, list, buffer_size=6, held=held)(range(3))) == [[8, 0, 1, 2]]
+
+
+def test_a_selection_may_skip_what_was_given_back() -> None:
+    def select(buffer: list[int]) -> Any:
+        if len(buffer) < 3:
+            raise SkipSample
+        return PackedSamplesOutput([buffer[:1]], buffer[1:2])
+
+    assert list(pack(select, list, buffer_size=3)(range(6))) == [[0], [1]]
+
+
+def test_selecting_may_change_its_list_but_not_lose_what_it_gives_back() -> None:
+    def popping(buffer: list[list[int]]) -> Any:
+        group = []
+        while buffer and len(group) < 2:
+            group.append(buffer.pop(0))
+        return PackedSamplesOutput([group], buffer)
+
+    found = list(pack(popping, tuple, buffer_size=3)([n] for n in range(5)))
+    assert found == [([0], [1]), ([2], [3]), ([4],)]
+
+
+@pytest.mark.parametrize(
+    ("pushback", "said"),
+    [
+        (lambda buffer: buffer, "gave back all 3 of a full buffer"),
+        (lambda buffer: [[0]], "not in its buffer"),
+        (lambda buffer: [buffer[0], buffer[0]], "the same sample twice"),
+    ],
+)
+def test_what_cannot_be_given_back_is_told(pushback: Callable[[Any], Any], said: str) -> None:
+    def select(buffer: list[Any]) -> Any:
+        return PackedSamplesOutput([buffer[:1]], pushback(buffer))
+
+    with pytest.raises(ValueError, match=said):
+        list(pack(select, list, buffer_size=3)([n] for n in range(9)))
+
+
+def test_an_output_with_pushback_is_its_list_of_packs() -> None:
+    output = PackedSamplesOutput(packs=[[1, 2], [3]], pushback=(4,))
+    again = pickle.loads(pickle.dumps(output))
+    for one in (output, again):
+        assert one == one.packs == [[1, 2], [3]]
+        assert one.pushback == [4]
+    assert PackedSamplesOutput([]).pushback == []
 
 
 def criterion(item: int) -> tuple[str, int | None]:

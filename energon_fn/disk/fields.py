@@ -39,7 +39,7 @@ TRUST_HINT = (
 class EntryError(DatasetError):
     """What a dataset's yaml says is wrong. Its reader adds the file, and the line by the keys."""
 
-    def __init__(self, message: str, *keys: str) -> None:
+    def __init__(self, message: str, *keys: str | int) -> None:
         super().__init__(message)
         self.keys = keys
 
@@ -96,6 +96,15 @@ def sample_type_named(name: str) -> type[Any] | None:
     return found if dataclasses.is_dataclass(found) else None
 
 
+def is_ours(module: str) -> bool:
+    """Whether a yaml's ``__module__`` is ours or the published package's, which stands for ours.
+
+    >>> is_ours("megatron.energon"), is_ours("megatron.energonic")
+    (True, False)
+    """
+    return re.match(r"(energon_fn|megatron\.energon)(\.|$)", module) is not None
+
+
 def sample_type_of(names: Any, trust: bool = False) -> type[Any] | None:
     """The sample type that a yaml names by ``__module__`` and ``__class__``; None for crude.
 
@@ -112,7 +121,7 @@ def sample_type_of(names: Any, trust: bool = False) -> type[Any] | None:
             f"a sample type is named by __module__ and __class__, not by {names!r}. Write for "
             "example\nsample_type:\n  __module__: megatron.energon\n  __class__: CaptioningSample"
         ) from None
-    if re.match(r"(energon_fn|megatron\.energon)(\.|$)", module):
+    if is_ours(module):
         return sample_type_named(name)
     what = f"the sample type {name} is to be imported from the module {module}"
     if not trust:

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import glob
 import gzip
+import hashlib
+import io
 import os
 import shutil
 import stat
 import tempfile
 import threading
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from energon_fn.disk.braces import expand_braces
 from energon_fn.errors import DatasetError
@@ -34,6 +37,8 @@ MAX_OPEN = 64
 MAX_UNPACKED = 512
 """Decompressed shards that one process keeps: more than others, as one takes long to make."""
 
+_LIFETIME = 30 * 86400.0  # seconds after its last use that a file of the cache is kept
+_PIECE_BUFFER = 2**15  # bytes read at a time: the header of most pictures
 _BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
@@ -92,6 +97,27 @@ def read_at(path: str | os.PathLike[str], offset: int, size: int) -> bytes:
     return data
 
 
+def open_piece(path: str | os.PathLike[str], offset: int, size: int) -> IO[bytes]:
+    """A piece of a shard (of its decompressed stream) as a file that only reads what is asked for.
+
+    >>> with open_piece(__file__, 3, 7) as file:
+    ...     file.seek(4), file.read()
+    (4, b'one')
+    """
+    return io.BufferedReader(_Piece(os.fspath(path), offset, size), _PIECE_BUFFER)
+
+
+def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
+    """A file that is no shard, opened for reading as it is on disk.
+
+    >>> with open_file(__file__) as file:
+    ...     file.read(10)
+    b'\"""The one'
+    """
+    with _explained(path):
+        return open(path, "rb")  # whoever called closes it
+
+
 def stream_size(path: str | os.PathLike[str]) -> int:
     """Length in bytes of what :func:`read_at` reads: of the decompressed stream, or of the file.
 
@@ -108,6 +134,37 @@ def stream_size(path: str | os.PathLike[str]) -> int:
         with _lock:
             _open_shards.pop(path, None)
     return _shard(path).size
+
+
+def list_files(folder: str | os.PathLike[str], hidden: str) -> list[str]:
+    """Names of all files below the folder, relative to it with ``/``, sorted folder by folder.
+
+    Links are followed; the folder called ``hidden`` is left out.
+
+    >>> import tempfile, pathlib
+    >>> with tempfile.TemporaryDirectory() as d:
+    ...     for name in ("b", ".meta"):
+    ...         (pathlib.Path(d) / name).mkdir()
+    ...     for name in ("b/1.jpg", "c.txt", "a.txt", ".meta/index"):
+    ...         (pathlib.Path(d) / name).touch()
+    ...     list_files(d, ".meta")
+    ['a.txt', 'b/1.jpg', 'c.txt']
+    """
+
+    def below(where: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
+        real = os.path.realpath(where)
+        if real in above:  # a link to a folder that it is in
+            return
+        with os.scandir(where) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        for entry in entries:
+            if entry.is_file():
+                yield prefix + entry.name
+            elif entry.is_dir() and (prefix or entry.name != hidden):
+                yield from below(entry.path, f"{prefix}{entry.name}/", (*above, real))
+
+    with _explained(folder):
+        return [*below(os.fspath(folder), "", ())]
 
 
 def list_tars(folder: str | os.PathLike[str]) -> list[str]:
@@ -140,8 +197,10 @@ def list_tars(folder: str | os.PathLike[str]) -> list[str]:
     return sorted(found, key=_by_folder)
 
 
-def expand(pattern: str | os.PathLike[str]) -> list[str]:
+def expand(pattern: str | os.PathLike[str], endings: tuple[str, ...] = TAR_SUFFIXES) -> list[str]:
     """The shards that a brace or glob pattern names: braces as written, globs sorted.
+
+    endings: what their names end in.
 
     Raises :class:`DatasetError` if a named shard does not exist or a glob finds none.
 
@@ -160,14 +219,15 @@ def expand(pattern: str | os.PathLike[str]) -> list[str]:
         if os.path.exists(name) or not glob.has_magic(name):
             matches = [name]
         else:
-            matches = sorted(filter(is_tar, glob.glob(name, recursive=True)), key=_by_folder)
+            matches = [one for one in glob.glob(name, recursive=True) if one.endswith(endings)]
+            matches.sort(key=_by_folder)
         if not matches or not os.path.exists(matches[0]):
             origin = f" (from {pattern!r})" if name != pattern else ""
             raise DatasetError(
                 f"no shard matches {name!r}{origin}: check the path, or mount what it is on."
             )
-        if not is_tar(matches[0]):
-            raise DatasetError(f"{name} is not a shard: those end in {', '.join(TAR_SUFFIXES)}.")
+        if not matches[0].endswith(endings):
+            raise DatasetError(f"{name} is not a shard: those end in {', '.join(endings)}.")
         found.update(dict.fromkeys(matches))
     return list(found)
 
@@ -229,6 +289,48 @@ def cache_folder() -> Path:
     return _temporary_cache()
 
 
+def kept(root: str, stamps: object, ending: str, make: Callable[[str, list[Path]], object]) -> Path:
+    """A file in the user's cache folder about what lies at ``root``, made if need be.
+
+    root: a real path. stamps: what tells this state of it from another one, sizes and times of
+    change say. Both are in the file's name: it never changes once it is there, several processes
+    may make it at once, and of what changed another one is made. Unused for a month, it is removed.
+    ending: of its name, with the version of its format; such as ".1.sqlite".
+    make: writes the file; called with its temporary name and the files of other states, of which
+    the last one was used last.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as d:
+    ...     write = lambda path, others: Path(path).write_text(f"{len(others)} before")
+    ...     one = kept(d, ("a", 1), ".txt", write)
+    ...     other = kept(d, ("a", 2), ".txt", write)
+    ...     kept(d, ("a", 1), ".txt", write) == one, one.read_text(), other.read_text()
+    (True, '0 before', '1 before')
+    """
+    prefix = hashlib.sha256(root.encode(errors="surrogateescape")).hexdigest()[:16]
+    version = hashlib.sha256(repr(stamps).encode()).hexdigest()[:32]
+    folder = cache_folder()
+    path = folder / f"{prefix}-{version}{ending}"
+    if path.exists():
+        with suppress(OSError):
+            os.utime(path)  # when it was last used
+        return path
+    others = sorted((_last_used(other), other) for other in folder.glob(f"{prefix}-*{ending}"))
+    with replacing(path) as temporary:
+        make(temporary, [other for _, other in others])
+    leftovers = [(_last_used(other), other) for other in folder.glob(f".{prefix}-*.tmp")]
+    for used, other in others + leftovers:
+        if used < time.time() - _LIFETIME:
+            other.unlink(missing_ok=True)
+    return path
+
+
+def _last_used(path: Path) -> float:
+    with suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0  # another process has just removed it
+
+
 @contextmanager
 def open_stream(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A shard opened for reading once from its beginning, decompressed on the way.
@@ -243,6 +345,30 @@ def open_stream(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         else:
             with gzip.GzipFile(fileobj=file) as stream:
                 yield stream  # type: ignore[misc]  # GzipFile is a binary file in all but name
+
+
+class _Piece(io.RawIOBase):
+    """What :func:`open_piece` buffers."""
+
+    def __init__(self, path: str, offset: int, size: int) -> None:
+        self.path, self.offset, self.size, self.at = path, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = max((0, self.at, self.size)[whence] + offset, 0)
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        size = max(min(len(buffer), self.size - self.at), 0)
+        if size:
+            buffer[:size] = read_at(self.path, self.offset + self.at, size)
+            self.at += size
+        return size
 
 
 class _Shard:

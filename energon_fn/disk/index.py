@@ -6,6 +6,8 @@ megatron-energon 7 has in ``.nv-meta/index.sqlite`` (its schema, as found by pre
     samples(tar_file_id, sample_key, sample_index, byte_offset, byte_size)
     sample_parts(tar_file_id, sample_index, part_name, content_byte_offset, content_byte_size)
 
+and, if it was prepared with media metadata, the tables of :mod:`energon_fn.disk.media`.
+
 ``tar_file_id`` is the shard's position in ``shard_counts`` of ``.nv-meta/.info.json``. A dataset
 that was not prepared gets such a file in the user's cache folder (:func:`cached_index`).
 :class:`Index` reads either.
@@ -28,19 +30,20 @@ that was not prepared gets such a file in the user's cache folder (:func:`cached
 >>> index = Index(folder.name + "/index.sqlite", folder.name, ("0.tar",))
 >>> index.find("a/2"), index.parts(0, 1)
 ((0, 1), ('a/2', (('jpg', 2560, 7),)))
+>>> index.keys(0, 0, 2)
+['a/1', 'a/2']
 >>> folder.cleanup()
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
+import shutil
 import sqlite3
 import sys
 import tarfile
 import threading
-import time
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
@@ -53,7 +56,7 @@ from urllib.parse import quote
 from tqdm import tqdm
 
 from energon_fn.disk import files
-from energon_fn.disk.tars import TAR_BLOCK, Part, ShardIndex, index_shards
+from energon_fn.disk.tars import TAR_BLOCK, Media, Part, ShardIndex, index_shards
 from energon_fn.errors import DatasetError, logger
 
 Entry = tuple[str, tuple[Part, ...]]
@@ -61,7 +64,6 @@ Entry = tuple[str, tuple[Part, ...]]
 
 BLOCK = 128  # samples that one query fetches
 _KEPT_BLOCKS = 1024  # about 16 MB if samples have two parts
-_CACHE_LIFETIME = 30 * 86400.0  # seconds after its last use that an index of other times is kept
 
 _SCHEMA = """
 CREATE TABLE samples (tar_file_id INTEGER NOT NULL, sample_key TEXT NOT NULL{unique},
@@ -74,6 +76,14 @@ CREATE INDEX idx_samples_by_tar_and_idx ON samples(tar_file_id, sample_index);
 CREATE INDEX idx_sample_parts_seq ON sample_parts(tar_file_id, sample_index, content_byte_offset);
 CREATE INDEX idx_sample_parts_full ON sample_parts(tar_file_id, sample_index, part_name,
     content_byte_offset, content_byte_size);
+"""
+_MEDIA_SCHEMA = """
+DROP TABLE IF EXISTS media_metadata;
+DROP TABLE IF EXISTS media_filters;
+CREATE TABLE media_metadata (entry_key TEXT PRIMARY KEY, metadata_type TEXT NOT NULL,
+    metadata_json TEXT NOT NULL);
+CREATE TABLE media_filters (filter_id INTEGER PRIMARY KEY AUTOINCREMENT, strategy TEXT NOT NULL,
+    patterns TEXT, created_at_utc TEXT DEFAULT CURRENT_TIMESTAMP, UNIQUE(strategy, patterns));
 """
 # Only in the cache: keys may occur twice, and a shard that did not change is not walked again.
 _CACHE_VERSION = 1
@@ -88,6 +98,8 @@ _COLUMNS = {
 }
 _FIVE = "?, ?, ?, ?, ?"
 _SELECT_SAMPLES = """SELECT sample_key, byte_offset FROM samples
+    WHERE tar_file_id = ? AND sample_index >= ? AND sample_index < ? ORDER BY sample_index"""
+_SELECT_KEYS = """SELECT sample_key FROM samples
     WHERE tar_file_id = ? AND sample_index >= ? AND sample_index < ? ORDER BY sample_index"""
 _SELECT_PARTS = """SELECT sample_index, part_name, content_byte_offset, content_byte_size
     FROM sample_parts WHERE tar_file_id = ? AND sample_index >= ? AND sample_index < ?
@@ -113,17 +125,24 @@ class IndexSummary:
     duplicates: tuple[tuple[str, str], ...]
 
 
-def write_index(path: str | os.PathLike[str], shards: Iterable[ShardIndex]) -> IndexSummary:
+def write_index(
+    path: str | os.PathLike[str],
+    shards: Iterable[ShardIndex],
+    media_filters: Sequence[tuple[str, str]] = (),
+) -> IndexSummary:
     """Write an ``index.sqlite`` as megatron-energon has it, one shard after the other.
 
     The shards' positions become their ``tar_file_id``. The file appears whole or not at all. Keys
     are unique in it: if :attr:`IndexSummary.duplicates` is not empty, **nothing was written**.
+    ``media_filters``: strategy and patterns that the shards' media metadata was made with.
     """
     counts: dict[str, int] = {}
     part_names: dict[str, None] = {}
     duplicates: list[tuple[str, str]] = []
     with suppress(_NotWritten), files.replacing(path) as temporary, _explained(str(path)):
-        with closing(_new_database(temporary, _SCHEMA.format(unique=" UNIQUE"))) as db:
+        with closing(_writable(temporary, _SCHEMA.format(unique=" UNIQUE"))) as db:
+            if media_filters:
+                _add_media_tables(db, media_filters)
             for tar_file_id, shard in enumerate(shards):
                 duplicates += [(key, shard.name) for key in _insert(db, tar_file_id, shard)]
                 part_names.update((part[0], None) for sample in shard.parts for part in sample)
@@ -139,7 +158,40 @@ class _NotWritten(Exception):
     """Leaves :func:`files.replacing` without a file."""
 
 
-def _new_database(path: str, schema: str) -> sqlite3.Connection:
+def write_media(
+    path: str | os.PathLike[str],
+    entries: Iterable[Sequence[Media]],
+    media_filters: Sequence[tuple[str, str]],
+    index: str | None = None,
+) -> int:
+    """Write an ``index.sqlite`` with this media metadata, and return how many files it is of.
+
+    index: an index file to take the rest from; without it the file has nothing else.
+    """
+    with files.replacing(path) as temporary, _explained(str(path)):
+        if index is not None:
+            shutil.copyfile(index, temporary)
+        with closing(_writable(temporary, "")) as db:
+            _add_media_tables(db, media_filters)
+            db.execute("BEGIN")
+            for some in entries:
+                _insert_media(db, some)
+            db.execute("COMMIT")
+            count: int = db.execute("SELECT COUNT(*) FROM media_metadata").fetchone()[0]
+    return count
+
+
+def _add_media_tables(db: sqlite3.Connection, media_filters: Sequence[tuple[str, str]]) -> None:
+    db.executescript(_MEDIA_SCHEMA)
+    query = "INSERT OR IGNORE INTO media_filters (strategy, patterns) VALUES (?, ?)"
+    db.executemany(query, media_filters)
+
+
+def _insert_media(db: sqlite3.Connection, entries: Sequence[Media]) -> None:
+    db.executemany("INSERT OR REPLACE INTO media_metadata VALUES (?, ?, ?)", entries)
+
+
+def _writable(path: str, schema: str) -> sqlite3.Connection:
     # A temporary file of our own: no journal, no flushing, and no locks, which network disks lack.
     db = sqlite3.connect(f"file:{quote(path)}?nolock=1", uri=True, isolation_level=None)
     db.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-65536;")
@@ -168,6 +220,8 @@ def _insert(db: sqlite3.Connection, tar_file_id: int, shard: ShardIndex) -> list
         f"INSERT INTO sample_parts VALUES ({_FIVE})",
         ((tar_file_id, i, *part) for i, sample in enumerate(shard.parts) for part in sample),
     )
+    if shard.media:
+        _insert_media(db, shard.media)
     db.execute("COMMIT")
     return taken
 
@@ -180,31 +234,21 @@ def cached_index(
 ) -> tuple[str, dict[str, int]]:
     """An index of these shards that is not the dataset's own, made if need be: path and counts.
 
-    It lies in :func:`files.cache_folder`, named by the dataset's real path and by each shard's
-    name, size and time of change. So it never changes once it is there, several processes may make
-    it at once, and a dataset that changed gets another one, for which only new and changed shards
-    are walked. Keys may occur twice in it (a warning says so). Unused for a month, it is removed.
+    It lies in the cache folder, see :func:`files.kept`, for each state of the shards' names, sizes
+    and times of change. A dataset that changed gets another one, for which only new and changed
+    shards are walked. Keys may occur twice in it (a warning says so).
     """
     real = os.path.realpath(root)
     stamps = [(name, *files.size_mtime(os.path.join(real, name))) for name in names]
-    prefix = hashlib.sha256(real.encode(errors="surrogateescape")).hexdigest()[:16]
-    version = hashlib.sha256(repr((_CACHE_VERSION, stamps)).encode()).hexdigest()[:32]
-    folder = files.cache_folder()
-    path = folder / f"{prefix}-{version}.sqlite"
-    if path.exists():
-        with suppress(OSError):
-            os.utime(path)  # when it was last used
-    else:
-        others = sorted((_last_used(other), other) for other in folder.glob(f"{prefix}-*.sqlite"))
-        with files.replacing(path) as temporary, _explained(str(folder)):
-            _fill_cache(temporary, [other for _, other in others[-1:]], real, stamps, workers)
-        leftovers = [(_last_used(other), other) for other in folder.glob(f".{prefix}-*.tmp")]
-        for used, other in others + leftovers:
-            if used < time.time() - _CACHE_LIFETIME:
-                other.unlink(missing_ok=True)
-    with _explained(str(path)), closing(_open_read_only(str(path))) as db:
+
+    def make(temporary: str, others: list[Path]) -> None:
+        with _explained(os.path.dirname(temporary)):
+            _fill_cache(temporary, others[-1:], real, stamps, workers)
+
+    path = str(files.kept(real, stamps, f".{_CACHE_VERSION}.sqlite", make))
+    with _explained(path), closing(_open_read_only(path)) as db:
         query = "SELECT name, sample_count FROM shards ORDER BY tar_file_id"
-        return str(path), dict(db.execute(query).fetchall())
+        return path, dict(db.execute(query).fetchall())
 
 
 def _fill_cache(
@@ -212,7 +256,7 @@ def _fill_cache(
 ) -> None:
     """Make a cached index from what an old one has of the same shards and from walking the rest."""
     schema = _SCHEMA.format(unique="") + _CACHE_SCHEMA
-    with closing(_new_database(path, schema)) as db:
+    with closing(_writable(path, schema)) as db:
         kept: dict[tuple[str, int, int], tuple[int, int]] = {}
         for other in old:
             db.execute("ATTACH ? AS old", (_read_only_uri(str(other)),))
@@ -255,12 +299,6 @@ def _fill_cache(
                 root,
                 twice[0],
             )
-
-
-def _last_used(path: Path) -> float:
-    with suppress(OSError):
-        return path.stat().st_mtime
-    return 0.0  # another process has just removed it
 
 
 # ------------------------------------------------------------------------------ reading the index
@@ -334,10 +372,7 @@ class Index:
         try:
             return block.entry(sample % BLOCK)
         except IndexError:
-            raise DatasetError(
-                f"{self.path} has no sample {sample} of {self.shards[shard]}: it does not fit the "
-                f"counts of the dataset. {self.remedy.format(root=self.root)}"
-            ) from None
+            raise self._lacks(shard, sample) from None
 
     def find(self, key: str) -> tuple[int, int] | None:
         """Number of the shard and place in it of the (first) sample with this key, or None."""
@@ -348,6 +383,24 @@ class Index:
         query = "SELECT tar_file_id, sample_index FROM samples WHERE sample_key = ? ORDER BY 1, 2"
         with self._connection() as db:
             return db.execute(query, (key,)).fetchall()
+
+    def keys(self, shard: int, start: int, stop: int) -> list[str]:
+        """The keys of the samples ``start`` to ``stop`` (excluded) of a shard, in one query.
+
+        Nothing is kept of them, and the shard is not looked at. Raises :class:`DatasetError` if
+        there are not so many.
+        """
+        with self._connection() as db:
+            rows = db.execute(_SELECT_KEYS, (shard, start, stop)).fetchall()
+        if len(rows) < stop - start:
+            raise self._lacks(shard, start + len(rows))
+        return [key for (key,) in rows]
+
+    def _lacks(self, shard: int, sample: int) -> DatasetError:
+        return DatasetError(
+            f"{self.path} has no sample {sample} of {self.shards[shard]}: it does not fit the "
+            f"counts of the dataset. {self.remedy.format(root=self.root)}"
+        )
 
     def _read_block(self, shard: int, number: int) -> _Block:
         first = number * BLOCK
@@ -391,6 +444,25 @@ class Index:
             yield self._db[1]
 
 
+@contextmanager
+def opened(path: str) -> Iterator[sqlite3.Connection]:
+    """The database to ask one thing of: opened once in every process, anew if it was replaced.
+
+    Nobody else uses it meanwhile.
+    """
+    here = os.getpid(), path  # it must not cross a fork
+    stamp = files.size_mtime(path)
+    with _lock, _explained(path):
+        found, db = _connections.get(here, (None, None))
+        if db is None or found != stamp:
+            if db is not None:
+                db.close()
+            db = _open_read_only(path)
+            _connections[here] = stamp, db
+        yield db
+
+
+_connections: dict[tuple[int, str], tuple[tuple[int, int], sqlite3.Connection]] = {}
 _lock = threading.Lock()
 """Held by whoever is inside of SQLite. A fork waits for it: SQLite has locks of its own, and a
 child in which a thread that is gone holds one would hang."""

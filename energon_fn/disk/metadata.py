@@ -56,6 +56,15 @@ def meta_file(folder: str | Path, name: str) -> Path:
     return Path(folder) / META_FOLDER / name
 
 
+def is_prepared(folder: str | Path) -> bool:
+    """Whether it is a dataset of shards that was prepared.
+
+    >>> is_prepared("/no/such/folder")
+    False
+    """
+    return any(meta_file(folder, name).exists() for name in (INFO_JSON, INFO_YAML))
+
+
 # ------------------------------------------------------------------------------------ dataset.yaml
 
 _KEYS = ("sample_type", "field_map", "sample_loader", "part_filter", "subflavors", "__module__",
@@ -356,6 +365,11 @@ def _read_mapping(path: Path, known: tuple[str, ...] = ()) -> dict[Any, Any]:
             f"{error} There is no {path.name} in {path.parent}{there_are(path.name, others)} A "
             f"dataset is prepared with: energon-fn prepare {path.parent.parent}"
         ) from error
+    return _mapping(path, data, known)
+
+
+def _mapping(path: Path, data: bytes, known: tuple[str, ...] = ()) -> dict[Any, Any]:
+    """What the file holds, taken apart and its keys checked."""
     kind = "json" if path.suffix == ".json" else "yaml"
     try:
         content = json.loads(data) if kind == "json" else yaml.load(data, _Loader)
@@ -371,7 +385,7 @@ def _read_mapping(path: Path, known: tuple[str, ...] = ()) -> dict[Any, Any]:
 
 
 @contextmanager
-def _located(path: Path, *within: str) -> Iterator[None]:
+def _located(path: Path, *within: str | int) -> Iterator[None]:
     """Put the file in front of what is wrong with an entry, and the line of its nested key."""
     try:
         yield
@@ -381,14 +395,21 @@ def _located(path: Path, *within: str) -> Iterator[None]:
         raise DatasetError(f"{where}: {error}") from error.__cause__
 
 
-def _line(path: Path, keys: tuple[str, ...]) -> int | None:
+def _line(path: Path, keys: tuple[str | int, ...]) -> int | None:
     """The line, counted from 1, of the nested key, as far as the file has it."""
-    node = yaml.compose(files.read_bytes(path), _Loader)
+    return _line_in(yaml.compose(files.read_bytes(path), _Loader), keys)
+
+
+def _line_in(node: yaml.Node | None, keys: tuple[str | int, ...]) -> int | None:
+    """The same in a file that is taken apart already; numbers count the entries of lists."""
     line = None
     for key in keys:
-        entries = node.value if isinstance(node, yaml.MappingNode) else []
-        found = [(name, value) for name, value in entries if name.value == key]
-        if not found:
+        entries: list[Any] = []
+        if isinstance(node, yaml.MappingNode):
+            entries = [(name, value) for name, value in node.value if name.value == str(key)]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int):
+            entries = [(value, value) for value in node.value[key : key + 1]]
+        if not entries:
             break
-        line, node = found[-1][0].start_mark.line + 1, found[-1][1]
+        line, node = entries[-1][0].start_mark.line + 1, entries[-1][1]
     return line

@@ -9,6 +9,8 @@ What is written is what the published megatron-energon 7 writes, so it can load 
     .nv-meta/dataset.yaml    what a sample is (write_dataset_yaml)
     shard.tar.idx            the samples' offsets, beside every uncompressed shard
 
+With media metadata the index has that too (:mod:`energon_fn.disk.media`).
+
 Everything is written under temporary names and renamed at the end: a prepare that fails or is
 interrupted leaves what was there.
 """
@@ -24,14 +26,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from energon_fn.disk import files
+from energon_fn.disk import files, media
 from energon_fn.disk.braces import expand_braces
+from energon_fn.disk.duplicates import put_in_folder
 from energon_fn.disk.fields import required_fields, sample_fields, sample_type_named
-from energon_fn.disk.index import write_index
+from energon_fn.disk.index import Index, has_parts, write_index, write_media
 from energon_fn.disk.metadata import (
     DATASET_YAML,
     INFO_JSON,
@@ -39,15 +43,18 @@ from energon_fn.disk.metadata import (
     SPLIT_YAML,
     SplitConfig,
     info_text,
+    is_prepared,
     meta_file,
+    read_info,
     split_text,
     write_dataset_config,
 )
-from energon_fn.disk.tars import ShardIndex, idx_bytes, index_shards
+from energon_fn.disk.tars import Media, ShardIndex, idx_bytes, in_order, index_shards
 from energon_fn.errors import DatasetError, logger
 from energon_fn.samples import BOOKKEEPING
 
 SAMPLE_LOADER = "sample_loader.py"
+INDEX_SQLITE = "index.sqlite"
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2")
 _VIDEOS = ("mp4", "webm", "mkv", "mov", "avi")
@@ -80,6 +87,8 @@ def prepare_dataset(
     tar_index_only: bool = False,
     shuffle_seed: int | None = 42,
     workers: int = 32,
+    media_filter: str | None = None,
+    fix_duplicates: bool = False,
 ) -> tuple[set[str], list[tuple[str, int]]]:
     """Index the shards, split them and write ``.nv-meta``; like megatron-energon's function.
 
@@ -94,6 +103,10 @@ def prepare_dataset(
         tar_index_only: make the indices and counts again; ``split.yaml`` stays as it is.
         shuffle_seed: shuffles the shards before they are split by ratio; None keeps their order.
         workers: how many shards are indexed at the same time, at most.
+        media_filter: which files' media metadata is kept, see :func:`media.media_metadata`. None:
+            as in the index that is there; nobody's if there is none. It is made again in any case.
+        fix_duplicates: if there are duplicate keys, **write all shards again** with their names as
+            folders in the keys, see :mod:`energon_fn.disk.duplicates`.
 
     Returns:
         The part names found, and the duplicate keys, each with the number of samples that have it.
@@ -127,20 +140,110 @@ def prepare_dataset(
         )
     if tar_index_only:
         split = None
+    filters = media.filters_of(meta_file(root, INDEX_SQLITE))
+    if media_filter is not None:
+        media.check_filter(media_filter)
+        filters = (media_filter,)
+    progress = progress_fn or (lambda items, length: items)
 
+    def write() -> set[str]:
+        walk = partial(media.index_shard_with_media, filters) if filters else None
+        indexed = index_shards(root, names, _pool_size(workers), walk)
+        with _folder(root / META_FOLDER):
+            return _write(root, progress(indexed, len(names)), split, filters)
+
+    try:
+        return write(), []
+    except _DuplicatesError as error:
+        if not fix_duplicates or error.twice_in:
+            why = explain_duplicates(error.keys)
+            if fix_duplicates:
+                why = f"keys occur more than once within a shard: {', '.join(error.twice_in[:5])}. "
+                why += "Keep the files of one sample together there, or exclude it."
+            logger.error("%s: nothing was written: %s", root, why)
+            return error.part_names, error.keys
+        todo = [name for name in names if name not in error.fixed]
+    logger.warning("%s: keys occur in several shards; writing %d of them again", root, len(todo))
+    for name in progress(iter(todo), len(todo)):
+        put_in_folder(root / name, name)
+    return write(), []
+
+
+def write_media_metadata(
+    path: str | Path,
+    media_filter: str,
+    *,
+    workers: int = 32,
+    progress_fn: Callable[..., Iterable[Any]] | None = None,
+) -> int:
+    """Keep the media metadata of all files in a folder; like `energon prepare-media`.
+
+    It is kept in ``.nv-meta/index.sqlite``. If the folder is a prepared dataset, it is that of the
+    files in its shards, as if it had been prepared with it; else of the files below it. What was
+    kept before is made again.
+
+    Args:
+        path: the folder.
+        media_filter: which files, see :func:`media.media_metadata`.
+        workers: how many shards or files are read at the same time, at most.
+        progress_fn: ``progress_fn(iterator, length)`` yields on what the iterator gives, one item
+            per shard or file.
+
+    Returns:
+        Of how many files it is; broken ones are left out and told of.
+
+    >>> import tempfile
+    >>> from PIL import Image
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Image.new("RGB", (20, 10)).save(f"{folder}/a.png")
+    ...     count = write_media_metadata(folder, "*.png", workers=1)
+    ...     count, media.read_media_metadata(f"{folder}/.nv-meta/index.sqlite", "a.png")
+    (1, ImageMetadata(width=20, height=10, format='PNG', mode='RGB'))
+    """
+    root, filters = Path(path), (media_filter,)
+    media.check_filter(media_filter)
+    if not root.is_dir():
+        raise DatasetError(f"{root} is not a folder. Give the folder that holds the files.")
+    database = meta_file(root, INDEX_SQLITE)
+    found: Iterable[Sequence[Media]]
+    prepared = is_prepared(root)
+    if prepared:
+        if not has_parts(database):
+            raise DatasetError(
+                f"{database} does not say where the files lie: an older release made it. Prepare "
+                f"the dataset again: `energon-fn prepare {root}`."
+            )
+        counts = read_info(root)
+        index = Index(str(database), str(root), tuple(counts))
+        shards = [(index, i, count, filters) for i, count in enumerate(counts.values())]
+        length = len(shards)
+        found = in_order(media.media_of_shard, shards, _pool_size(workers))
+    else:
+        names = [name for name in files.list_files(root, META_FOLDER)
+                 if media.is_wanted(name, media_filter)]  # fmt: skip
+        if not names:
+            raise DatasetError(
+                f"{root} has no media files: none below it is wanted by {media_filter!r}."
+            )
+        length = len(names)
+        some = [(str(root), names[i : i + _FILES], filters) for i in range(0, length, _FILES)]
+        results = in_order(media.media_of_files, some, _pool_size(workers))
+        found = ([one] if one else [] for result in results for one in result)
+    if progress_fn is not None:
+        found = progress_fn(found, length)
+    with _folder(root / META_FOLDER):
+        rows = media.filter_rows(filters)
+        return write_media(database, found, rows, str(database) if prepared else None)
+
+
+_FILES = 64  # files that a process reads at a time
+
+
+def _pool_size(workers: int) -> int:
+    """Walking a tar is work for a processor, on a slow disk it is waiting: a few to each."""
     if workers < 1:
         raise DatasetError(f"workers must be 1 or more, not {workers}.")
-    # Walking a tar is work for a processor, on a slow disk it is waiting: a few to each.
-    workers = min(workers, 4 * (os.cpu_count() or 1))
-    indexed: Iterable[ShardIndex] = index_shards(root, names, workers)
-    if progress_fn is not None:
-        indexed = progress_fn(indexed, len(names))
-    try:
-        with _folder(root / META_FOLDER):
-            return _write(root, indexed, split), []
-    except _DuplicatesError as error:
-        logger.error("%s: nothing was written: %s", root, explain_duplicates(error.keys))
-        return error.part_names, error.keys
+    return min(workers, 4 * (os.cpu_count() or 1))
 
 
 class BaseWebdatasetFactory:
@@ -159,8 +262,9 @@ def explain_duplicates(duplicates: Sequence[tuple[str, int]]) -> str:
     return (
         (f"{len(duplicates)} keys occur" if len(duplicates) > 1 else "1 key occurs")
         + f" more than once: {shown}{', ...' if len(duplicates) > 5 else ''}. Keys must be unique "
-        "in a dataset: write the shards again with the shard's name as a folder in each key "
-        "(shard_0/0001.jpg), or keep the files of one sample together, or exclude a shard."
+        "in a dataset: let `energon-fn prepare --fix-duplicates` write the shards again with the "
+        "shard's name as a folder in each key (shard_0.tar/0001.jpg), or keep the files of one "
+        "sample together, or exclude a shard."
     )
 
 
@@ -362,14 +466,27 @@ def part_filter(part: str) -> bool:
 class _DuplicatesError(Exception):
     """Leaves the block that would rename what was written."""
 
-    def __init__(self, part_names: set[str], keys: list[tuple[str, int]]) -> None:
+    def __init__(
+        self,
+        part_names: set[str],
+        keys: list[tuple[str, int]],
+        twice_in: list[str],
+        fixed: set[str],
+    ) -> None:
         super().__init__(keys)
         self.part_names = part_names
         self.keys = keys
+        self.twice_in = twice_in
+        """The shards that have a key more than once by themselves."""
+        self.fixed = fixed
+        """The shards whose keys are all in a folder called as the shard."""
 
 
 def _write(
-    root: Path, indexed: Iterable[ShardIndex], split: Mapping[str, tuple[str, ...]] | None
+    root: Path,
+    indexed: Iterable[ShardIndex],
+    split: Mapping[str, tuple[str, ...]] | None,
+    media_filters: Sequence[str],
 ) -> set[str]:
     """Write everything under temporary names, then rename; returns the part names."""
     with ExitStack() as renamed:
@@ -384,7 +501,9 @@ def _write(
             staged(meta_file(root, SPLIT_YAML)).write_bytes(text.encode())
         info = staged(meta_file(root, INFO_JSON))
         staged(meta_file(root, "index.uuid")).write_text(str(uuid.uuid4()))
-        sqlite = staged(meta_file(root, "index.sqlite"))
+        sqlite = staged(meta_file(root, INDEX_SQLITE))
+        twice_in: list[str] = []
+        fixed: set[str] = set()
 
         def with_idx() -> Iterator[ShardIndex]:
             for shard in indexed:
@@ -393,16 +512,21 @@ def _write(
                         f"{root / shard.name} has no samples (files called KEY.PART). "
                         "Remove the shard, or exclude it."
                     )
+                if len({*shard.keys}) < len(shard):
+                    twice_in.append(shard.name)
+                if all(key.startswith(f"{shard.name}/") for key in shard.keys):
+                    fixed.add(shard.name)
                 idx, data = _idx_path(root, shard.name), idx_bytes(shard)
                 if idx is not None and not _holds(idx, data):
                     staged(idx).write_bytes(data)
                 yield shard
 
-        summary = write_index(sqlite, with_idx())
+        summary = write_index(sqlite, with_idx(), media.filter_rows(media_filters))
         part_names = set(summary.part_names)
         if summary.duplicates:
             repeats = Counter(key for key, _ in summary.duplicates)
-            raise _DuplicatesError(part_names, [(key, n + 1) for key, n in repeats.items()])
+            keys = [(key, n + 1) for key, n in repeats.items()]
+            raise _DuplicatesError(part_names, keys, twice_in, fixed)
         info.write_bytes(info_text(summary.counts).encode())
     return part_names
 

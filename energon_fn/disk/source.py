@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from toolz import identity
 
@@ -22,10 +22,66 @@ from energon_fn.disk.index import Index, cached_index, has_parts
 from energon_fn.disk.metadata import every_part
 from energon_fn.disk.tars import Part
 from energon_fn.errors import DatasetError, logger
-from energon_fn.samples import SourceInfo
+from energon_fn.samples import CrudeSample, SourceInfo
+from energon_fn.seeds import number
 
 NEAR = 64 * 1024
 """A sample's parts are read at once if less than so many bytes lie between them."""
+
+
+class Samples(Protocol):
+    """A dataset's samples by position: what a plan's indices point into.
+
+    A :class:`Source` is one; so are joins and files of JSON lines. Pickles small.
+    """
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def split_part(self) -> str: ...
+    @property
+    def subflavors(self) -> Mapping[str, Any]: ...
+    @property
+    def is_crude(self) -> bool:
+        """Whether the samples are dicts that cookers make samples of."""
+        ...
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """Lengths of the runs of samples that lie next to each other, in their order."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """What and how much this is, in a line that changes when an index finds other samples."""
+        ...
+
+    def __len__(self) -> int: ...
+    def load(self, i: int) -> dict[str, Any]:
+        """The ``i``-th raw sample; see :meth:`Source.load`."""
+        ...
+
+    def make(
+        self, raw: dict[str, Any], decode: Callable[[dict[str, Any]], dict[str, Any]] | None
+    ) -> Any:
+        """The sample of a raw one: of the dataset's sample type, or a crude one."""
+        ...
+
+    def key(self, i: int) -> str:
+        """The ``i``-th sample's key, without reading the sample."""
+        ...
+
+    def find(self, key: str) -> int | None:
+        """The position of the first sample with this key, or None."""
+        ...
+
+    def cut(self, start: int, stop: int) -> Samples:
+        """The samples ``start`` to ``stop`` (excluded) of these."""
+        ...
+
+    def tagged(self, subflavors: Mapping[str, Any]) -> Samples:
+        """The same samples, with these entries added to their ``__subflavors__``."""
+        ...
 
 
 class Segment(NamedTuple):
@@ -90,28 +146,45 @@ class Source:
         """
         shard, sample = self._place(i)
         key, parts = self.index.parts(shard, sample)
-        is_wanted = self.part_filter
-        wanted = [part for part in parts if is_wanted(part[0])]
+        if self.part_filter is not every_part:
+            is_wanted = self.part_filter
+            parts = tuple([part for part in parts if is_wanted(part[0])])
         path = self._paths[shard]
-        raw: dict[str, Any] = {"__key__": key}
-        if len(wanted) > 1 and _between(wanted) < NEAR:
-            first, last = wanted[0][1], wanted[-1]
+        names = (f"{key}.{parts[0][0]}",) if len(parts) == 1 else _names(key, parts)
+        # One display: the parts' names, which come behind, cannot be any of these.
+        raw: dict[str, Any] = {
+            "__key__": key,
+            "__restore_key__": (),
+            "__subflavors__": {**self.subflavors},
+            "__sources__": (SourceInfo(self.path, i, self.shards[shard], names),),
+        }
+        if len(parts) > 1 and _between(parts) < NEAR:
+            first, last = parts[0][1], parts[-1]
             data = files.read_at(path, first, last[1] + last[2] - first)
-            for name, offset, size in wanted:
+            for name, offset, size in parts:
                 raw[name] = data[offset - first : offset - first + size]
         else:
-            for name, offset, size in wanted:
+            for name, offset, size in parts:
                 raw[name] = files.read_at(path, offset, size)
-        file_names = tuple([f"{key}.{part[0]}" for part in wanted])
-        raw["__key__"] = key
-        raw["__restore_key__"] = ()
-        raw["__subflavors__"] = {**self.subflavors}
-        raw["__sources__"] = (SourceInfo(self.path, i, self.shards[shard], file_names),)
         return raw
+
+    def make(
+        self, raw: dict[str, Any], decode: Callable[[dict[str, Any]], dict[str, Any]] | None
+    ) -> Any:
+        """The sample of a raw one: of the dataset's sample type, or a crude one.
+
+        decode: gives the decoded parts of a raw sample; None leaves them bytes.
+        """
+        parts = raw if decode is None else decode(raw)
+        return CrudeSample(parts) if self.sample_type is None else self.to_sample(parts)
 
     def key(self, i: int) -> str:
         """The ``i``-th sample's key, without reading the sample."""
         return self.index.parts(*self._place(i))[0]
+
+    def keys(self) -> list[str]:
+        """The keys of all samples, in order; for many samples at once, :meth:`key` is slow."""
+        return [key for segment in self.segments for key in self.index.keys(*segment)]
 
     def find(self, key: str) -> int | None:
         """The position of the first sample with this key, or None.
@@ -133,6 +206,37 @@ class Source:
             if segment.start <= place < segment.stop
         ]
         return min(found, default=None)
+
+    @property
+    def is_crude(self) -> bool:
+        """Whether there is no sample type."""
+        return self.sample_type is None
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """Lengths of the segments."""
+        return tuple(segment.stop - segment.start for segment in self.segments)
+
+    @property
+    def identity(self) -> str:
+        """Counts, and a number that depends on the shards' names and the segments."""
+        return (
+            f"{len(self)} samples of {self.split_part!r} in {len(self.segments)} segments of "
+            f"shards, {number(self.shards, self.segments):x}"
+        )
+
+    def cut(self, start: int, stop: int) -> Source:
+        """The samples ``start`` to ``stop`` (excluded) of these."""
+        segments = (
+            Segment(shard, first + max(start - at, 0), min(last, first + stop - at))
+            for at, (shard, first, last) in zip(self._starts, self.segments, strict=False)
+            if max(at, start) < min(at + last - first, stop)
+        )
+        return replace(self, segments=tuple(segments))
+
+    def tagged(self, subflavors: Mapping[str, Any]) -> Source:
+        """The same samples, with these entries added to their ``__subflavors__``."""
+        return replace(self, subflavors={**self.subflavors, **subflavors})
 
     def _place(self, i: int) -> tuple[int, int]:
         starts = self._starts
@@ -164,7 +268,11 @@ class Source:
         return found
 
 
-def _between(parts: list[Part]) -> int:
+def _names(key: str, parts: Sequence[Part]) -> tuple[str, ...]:
+    return tuple([f"{key}.{part[0]}" for part in parts])
+
+
+def _between(parts: Sequence[Part]) -> int:
     """How many bytes of the shard lie between the parts."""
     return parts[-1][1] - parts[0][1] - sum([size for _, _, size in parts[:-1]])
 
@@ -176,12 +284,15 @@ def open_source(
     dataset_config: str = metadata.DATASET_YAML,
     split_config: str = metadata.SPLIT_YAML,
     trust_dataset_code: bool = False,
+    make: bool = True,
 ) -> Source:
     """Open one split part of a dataset; no shard is touched if it is prepared.
 
     path: a folder with ``.nv-meta``, a folder of tars (found in folders below it too), a brace or
     glob pattern of tars, or a tar. What is not prepared is indexed when it is first opened, has no
     sample type (its samples are dicts) and no parts: all of it is "train".
+    make: False if only keys and counts are wanted: ``dataset.yaml`` is not read, and none of the
+    dataset's code needed.
 
     Raises :class:`DatasetError` for anything that does not exist or does not fit together.
 
@@ -192,7 +303,12 @@ def open_source(
     """
     path = os.path.abspath(path)
     if os.path.isdir(os.path.join(path, metadata.META_FOLDER)):
-        return _open_prepared(path, split_part, dataset_config, split_config, trust_dataset_code)
+        config = (
+            metadata.read_dataset_config(path, dataset_config, trust_dataset_code)
+            if make
+            else metadata.DatasetConfig()
+        )
+        return _open_prepared(path, split_part, config, split_config)
     if (dataset_config, split_config) != (metadata.DATASET_YAML, metadata.SPLIT_YAML):
         raise DatasetError(
             f"{path} has no {metadata.META_FOLDER} folder with {dataset_config} and {split_config}:"
@@ -202,9 +318,8 @@ def open_source(
 
 
 def _open_prepared(
-    folder: str, split_part: str, dataset_config: str, split_config: str, trust: bool
+    folder: str, split_part: str, config: metadata.DatasetConfig, split_config: str
 ) -> Source:
-    config = metadata.read_dataset_config(folder, dataset_config, trust)
     split = metadata.read_split_config(folder, split_config)
     counts = metadata.read_info(folder)
     names = split.shards(split_part)

@@ -11,17 +11,22 @@ import tarfile
 import threading
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from energon_fn.disk import files
 from energon_fn.errors import DatasetError, logger
 
+T = TypeVar("T")
+
 Part = tuple[str, int, int]
 """Part name, offset and size in bytes of its content in the (decompressed) shard."""
+
+Media = tuple[str, str, str]
+"""Name of a file in its tar or folder, and type and JSON of its metadata (``disk.media``)."""
 
 TAR_BLOCK = 512
 _MAX_PADDING = 2**20  # zeros behind the end of a tar that are looked through
@@ -34,12 +39,14 @@ class ShardIndex:
     ``name`` is the shard's name relative to the dataset, ``offsets`` has one number more than
     there are samples: each sample's first header and, last, the end of the last sample (what
     megatron-energon keeps in ``.tar.idx``). All offsets are bytes of the decompressed stream.
+    ``media`` is there if it was asked for.
     """
 
     name: str
     keys: list[str]
     offsets: list[int]
     parts: list[tuple[Part, ...]]
+    media: list[Media] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -133,21 +140,40 @@ def index_shard(path: str | os.PathLike[str], name: str | None = None) -> ShardI
 
 
 def index_shards(
-    root: str | os.PathLike[str], names: Sequence[str], workers: int | None = None
+    root: str | os.PathLike[str],
+    names: Sequence[str],
+    workers: int | None = None,
+    walk: Callable[[str, str], ShardIndex] | None = None,
 ) -> Iterator[ShardIndex]:
     """Walk many shards, ``workers`` at a time (one per processor unless given), in order of names.
 
-    In processes where that is safe (no thread but this one, so that nobody holds a lock when they
-    are forked), else in threads. They start at once, and are at most two shards per worker ahead
-    of whoever takes the results.
+    ``walk`` stands in for :func:`index_shard` where more than an index is wanted of them. They are
+    walked as :func:`in_order` says, at most two shards per worker ahead of whoever takes the
+    results.
 
     >>> list(index_shards("/", []))
     []
     """
-    workers = min(workers or os.cpu_count() or 1, len(names))
-    tasks = iter([(os.path.join(root, name), name) for name in names])
+    tasks = [(os.path.join(root, name), name) for name in names]
+    return in_order(walk or index_shard, tasks, workers)
+
+
+def in_order(
+    function: Callable[..., T], tasks: Sequence[tuple[Any, ...]], workers: int | None = None
+) -> Iterator[T]:
+    """``function(*task)`` for each task, ``workers`` at a time (one per processor unless given).
+
+    In processes where that is safe (no thread but this one, so that nobody holds a lock when they
+    are forked), else in threads. They start at once, and are at most two tasks per worker ahead
+    of whoever takes the results.
+
+    >>> list(in_order(max, [(1, 2), (4, 3)], workers=1))
+    [2, 4]
+    """
+    workers = min(workers or os.cpu_count() or 1, len(tasks))
+    todo = iter(tasks)
     if workers <= 1:
-        return (index_shard(*task) for task in tasks)
+        return (function(*task) for task in todo)
     may_fork = (
         "fork" in multiprocessing.get_all_start_methods()
         and threading.active_count() == 1
@@ -164,13 +190,13 @@ def index_shards(
         else ThreadPoolExecutor(workers)
     )
     # The first are submitted here, and so the processes forked before a progress bar has a thread.
-    ahead = deque(pool.submit(index_shard, *task) for task in islice(tasks, 2 * workers))
+    ahead = deque(pool.submit(function, *task) for task in islice(todo, 2 * workers))
 
-    def results() -> Iterator[ShardIndex]:
+    def results() -> Iterator[T]:
         try:
             while ahead:
                 yield ahead.popleft().result()
-                ahead.extend(pool.submit(index_shard, *task) for task in islice(tasks, 1))
+                ahead.extend(pool.submit(function, *task) for task in islice(todo, 1))
         finally:
             pool.shutdown(cancel_futures=True)
 
