@@ -57,7 +57,7 @@ def guarded(
     ...     print("skipped")
     skipped
     """
-    failures = 0
+    failures, here = 0, position.here
 
     def fail(error: Exception, item: T) -> None:
         nonlocal failures
@@ -75,7 +75,8 @@ def guarded(
 
     def call(item: T) -> U | Iterator[U]:
         nonlocal failures
-        position.doing(stage, item)
+        here.stage, here.item = stage, item  # position.doing, written out: for every sample
+        here.steps += 1
         if seed is not None:
             seeds.reseed(seed, stage)
         try:

@@ -77,6 +77,7 @@ def resumable(
         last = place = run
         emitted, pulled = 0, 0
         items = upstream(run)
+        here = position.here
 
         def pull() -> Iterator[T]:
             nonlocal run, before, origins, last, place, drop, emitted, pulled
@@ -104,7 +105,7 @@ def resumable(
                 if gives_back:
                     origins[id(item[0])] = last
                 last = place = item[1]
-                position.at(place)
+                here.where, here.calls = place, 0
                 yield item[0]
 
         for output in stage(pull(), held) if gives_back else stage(pull()):
@@ -114,7 +115,8 @@ def resumable(
                 yield output, (run, emitted, key, before) if before else (run, emitted, key)
             elif emitted == drop and expected != key_of(output):
                 raise _diverged(name, expected, key_of(output))
-            position.at((place, emitted))  # others ran meanwhile, and there may be more of this run
+            # Others ran meanwhile, and there may be more of this run.
+            here.where, here.calls = (place, emitted), 0
         if emitted < drop:
             raise _diverged(name, expected, "no more")
 

@@ -335,8 +335,12 @@ class _Block(NamedTuple):
 
     def entry(self, i: int) -> Entry:
         keys, firsts, names, offsets, sizes = self
-        own = range(firsts[i], firsts[i + 1])
-        return keys[i], tuple([(names[part], offsets[part], sizes[part]) for part in own])
+        first, end = firsts[i], firsts[i + 1]
+        if end - first == 1:
+            return keys[i], ((names[first], offsets[first], sizes[first]),)
+        return keys[i], tuple(
+            zip(names[first:end], offsets[first:end], sizes[first:end], strict=True)
+        )
 
 
 class Index:
