@@ -15,7 +15,7 @@ from energon_fn.compose import Recipe
 from energon_fn.decoding import decoder as make_decoder
 from energon_fn.disk.source import Samples
 from energon_fn.errors import DatasetError, logger
-from energon_fn.lanes import WorkerConfig, default_worker_config, whole
+from energon_fn.lanes import WorkerConfig, default_worker_config, in_notebook, whole
 from energon_fn.mixing import Blend, Order, Rounds, leaves
 from energon_fn.opening import Mixed, Opened, Tree, open_recipe
 from energon_fn.pipeline import Dataset, Decoder, arguments_of
@@ -152,7 +152,8 @@ def get_dataset(
     batch_drop_last: drop the short batches at the end instead of delivering them.
     packing_buffer_size: samples that ``select_samples_to_pack`` selects from; None: no packing.
     task_encoder: None: the defaults of :class:`~energon_fn.DefaultTaskEncoder`.
-    worker_config: None: :meth:`WorkerConfig.default_worker_config`.
+    worker_config: None: :meth:`WorkerConfig.default_worker_config`; in a notebook the same four
+    lanes without processes of their own.
     image_decode: how images come out, one of webdataset's names; ``auto_decode=False`` or
     ``decoder=None`` give all parts as bytes; another decoder, also one that the task encoder has,
     is called with raw samples instead.
@@ -184,7 +185,10 @@ def get_dataset(
         )
     encoder = DefaultTaskEncoder[Any, Any, Any, Any]() if task_encoder is None else task_encoder
     check_task_encoder(encoder, packing_buffer_size)
-    config = default_worker_config() if worker_config is None else worker_config
+    config = worker_config
+    if config is None:  # in a notebook threads do the work of the same lanes
+        notebook = in_notebook()
+        config = default_worker_config(0, lanes=4) if notebook else default_worker_config()
     if not isinstance(config, WorkerConfig):
         raise TypeError(
             f"worker_config is {config!r}; give a WorkerConfig, default_worker_config(4) say"

@@ -9,6 +9,7 @@ deliver. So what is delivered, and in which order, does not depend on how many w
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
@@ -31,6 +32,11 @@ def whole(name: str, number: Any, least: int | None = None, otherwise: str = "")
         return int(number.__index__())
     bound = "" if least is None else f"{least} or more, "
     raise ValueError(f"{name} is {number!r}; it must be {bound}a whole number{otherwise}")
+
+
+def in_notebook() -> bool:
+    """Whether this is a notebook's kernel, where threads serve better than processes."""
+    return "ipykernel" in sys.modules and getattr(sys.modules["__main__"], "__file__", None) is None
 
 
 @dataclass(frozen=True, kw_only=True)

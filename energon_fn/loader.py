@@ -18,7 +18,7 @@ import torch.distributed as distributed
 from energon_fn import checkpoint
 from energon_fn.caching import CachePool
 from energon_fn.errors import StateError, logger
-from energon_fn.lanes import WorkerConfig
+from energon_fn.lanes import WorkerConfig, in_notebook, whole
 from energon_fn.mixing import beginning, lane_size
 from energon_fn.pipeline import Dataset
 from energon_fn.samples import pin_memory
@@ -289,6 +289,7 @@ def get_loader(
     watchdog_timeout_seconds: float | None = 60,
     fail_on_timeout: bool = False,
     cache_pool: CachePool | None = None,
+    threads: int | None = None,
 ) -> Loader[T]:
     """A loader for this rank: ``for batch in get_loader(dataset): ...``.
 
@@ -302,6 +303,8 @@ def get_loader(
     fail_on_timeout: raise :class:`~energon_fn.WorkerError` instead of starting it again.
     cache_pool: where cookers keep media until it is needed, see :mod:`energon_fn.caching`; None:
     it is read when it is needed.
+    threads: threads in each process (workers, or this one without any) that read and decode samples
+    before their turn; what is delivered is the same. None: 4 in a notebook without workers, else 0.
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(
@@ -318,6 +321,9 @@ def get_loader(
                     f"worker_config has {getattr(worker_config, name)}: give both the same"
                 )
         dataset = replace(dataset, worker_config=worker_config)
+    if threads is None:
+        threads = 4 if in_notebook() and not dataset.worker_config.num_workers else 0
+    dataset = replace(dataset, threads=whole("threads", threads, 0, ", 0 for none"))
     if cache_pool is not None:
         dataset = replace(dataset, cache_pool=copy(cache_pool))  # one of its own to close
     options = PoolOptions(

@@ -6,8 +6,10 @@ knows stages only, or only streams.
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from inspect import isgeneratorfunction
@@ -27,7 +29,7 @@ from energon_fn.lanes import WorkerConfig
 from energon_fn.mixing import Order
 from energon_fn.plan import Key
 from energon_fn.stores import DecodeFileStore, FileStore, cooker_arguments, primary_store
-from energon_fn.streams import State, Stream, holding, resumable
+from energon_fn.streams import State, Stream, ahead, holding, resumable
 from energon_fn.task_encoder import TaskEncoder, marks_of, method_of
 
 T = TypeVar("T")
@@ -59,6 +61,8 @@ class Dataset(Generic[T]):
     """Batches that one iteration over this rank's lanes gives at most; None: no limit."""
     virtual: bool
     """The next iteration goes on where the last one ended (a virtual epoch)."""
+    threads: int = 0
+    """Threads of each process that read and decode ahead."""
     cache_pool: CachePool = NO_CACHE
     """What cookers keep media in that is needed later."""
 
@@ -86,7 +90,7 @@ class Dataset(Generic[T]):
         def keys(state: State) -> Iterator[tuple[Key, State]]:
             return mixing.keys(self.order, lane, state or mixing.beginning(self.order, epoch))
 
-        staged: Stream[T] = pipe(keys, *lifts(self, lane, epoch))
+        staged: Stream[T] = pipe(keys, *self._reading, *lifts(self, lane, epoch))
         lanes = self.order.lanes
 
         def stream(state: State = None) -> Iterator[tuple[T, State]]:
@@ -157,7 +161,11 @@ class Dataset(Generic[T]):
                 case ("sample", int() as epoch, int() as index, int() as number) if (
                     0 <= index < self.starts[-1]
                 ):
-                    one = lifts(self, 0, 0)[0](lambda state: iter([((epoch, index), None)]))
+                    one = pipe(
+                        lambda state: iter([((epoch, index), None)]),
+                        *self._reading,
+                        lifts(self, 0, 0)[0],
+                    )
                     items = islice(one(None), number, None)
                 case _:
                     items = iter(())
@@ -169,6 +177,17 @@ class Dataset(Generic[T]):
             f"no sample or batch of this dataset has the restore key {key!r}. Give the "
             "__restore_key__ of one that was made with the same arguments."
         )
+
+    @property
+    def _reading(self) -> list[Lift]:
+        """What has threads read and decode samples before their turn, if there are any."""
+        if not self.threads:
+            return []
+
+        def begin(key: Key) -> tuple[Key, Future[Any]]:
+            return key, executor(self.threads, os.getpid()).submit(read, self, key)
+
+        return [partial(ahead, begin, depth=2 * self.threads)]
 
     @property
     def repeats(self) -> bool:
@@ -307,12 +326,9 @@ def lifts(dataset: Dataset[Any], lane: int, epoch: int) -> list[Lift]:
     if dataset.packing_buffer_size is None:
         encoding.append("postencode_sample")
     cookers = [cooked(cooker) for cooker in getattr(encoder, "cookers", ())]
-    makes = [
-        guard(partial(source.make, decode=dataset.decoder), "decode") for source in dataset.sources
-    ]
     lifted = [
         lift(
-            partial(load, dataset, lane, makes),
+            partial(load, dataset, lane, guard),
             *([stages.cook(cookers)] if cookers else []),
             *each(of_sample, *encoding),
             numbered,
@@ -376,32 +392,70 @@ def arguments_of(
 def load(
     dataset: Dataset[Any],
     lane: int,
-    makes: list[Callable[[dict[str, Any]], Any]],
-    keys: Iterable[Key],
+    guard: Callable[[Callable[[Any], Any], str], Callable[[Any], Any]],
+    keys: Iterable[Any],
 ) -> Iterator[Any]:
     """The samples of the keys, as they are at hand in the order of a lane: read, then made.
 
-    makes: what makes the sample of a raw one, for each source.
+    keys: or, where threads read ahead, pairs of a key and the future of what :func:`read` gives.
     """
-    here, lanes, sources = position.here, dataset.order.lanes, dataset.sources
+    here, lanes, sources, threads = (
+        position.here,
+        dataset.order.lanes,
+        dataset.sources,
+        dataset.threads,
+    )
+    makes = [guard(partial(source.make, decode=dataset.decoder), "decode") for source in sources]
+    made: Any = None
+
+    def taken(raw: dict[str, Any]) -> Any:
+        if isinstance(made, Exception):
+            raise made
+        return made
+
+    if threads:
+        makes = [guard(taken, "decode")] * len(sources)
     single, n, count = len(sources) == 1, 0, None
     for key in keys:
+        if threads:
+            key, future = key
         if count is None:  # here.where is the order's state after this key
             count = max(sum(mixing.drawn(dataset.order, lane, here.where)) - 1, 0)
         here.sample_index, here.order = count * lanes + lane, here.where
         count += 1
-        epoch, index = key
-        if not single:
-            n, index = dataset.place(index)
         here.stage, here.item = "load", key
         here.steps += 1
-        raw = sources[n].load(index)
-        raw["__restore_key__"] = ("sample", epoch, key[1], 0)
+        epoch, index = key
+        if threads:
+            raw, made = future.result()
+        else:
+            if not single:
+                n, index = dataset.place(index)
+            raw = sources[n].load(index)
+            raw["__restore_key__"] = ("sample", epoch, key[1], 0)
         here.where, here.calls = key, 0
         try:
             yield makes[n](raw)
         except SkipSample:
             continue
+
+
+def read(dataset: Dataset[Any], key: Key) -> tuple[dict[str, Any], Any]:
+    """The raw sample of a key, and the sample made of it or why it could not be: for a thread."""
+    n, index = dataset.place(key[1])
+    source = dataset.sources[n]
+    raw = source.load(index)
+    raw["__restore_key__"] = ("sample", *key, 0)
+    try:
+        return raw, source.make(raw, dataset.decoder)
+    except Exception as error:
+        return raw, error
+
+
+@cache
+def executor(threads: int, process: int) -> ThreadPoolExecutor:
+    """The threads of a process; its number is given, since a fork has none of its parent's."""
+    return ThreadPoolExecutor(threads, "energon_fn")
 
 
 def numbered(samples: Iterable[T]) -> Iterator[T]:

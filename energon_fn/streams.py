@@ -7,11 +7,13 @@ A *stream* is a function ``state -> Iterator[(value, state_after)]``, the state 
 
 Two lifts turn stages, which know nothing of states, into streams: :func:`resumable` for stages that
 empty themselves now and then, :func:`holding` for those that always keep something back. Both
-stay lazy: what a stage pulls for an item is pulled for that item.
+stay lazy: what a stage pulls for an item is pulled for that item. :func:`ahead` has reads begin
+earlier than that.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -182,6 +184,35 @@ def holding(
             for item in output:
                 del held[id(item)]
             yield output, (last, tuple(held.values()))
+
+    return stream
+
+
+def ahead(begin: Callable[[T], U], upstream: Stream[T], *, depth: int) -> Stream[U]:
+    """Begin something for each item up to ``depth`` items before it is asked for: a read, say.
+
+    What was begun comes out in the items' order, each with the state that its item has, so nothing
+    of the reading ahead is seen in states. The way ahead grows with every item, so that asking for
+    one item begins one.
+
+    >>> begun = []
+    >>> def numbers(state):
+    ...     return ((n, n + 1) for n in range(state or 0, 9))
+    >>> stream = ahead(lambda n: begun.append(n) or f"<{n}>", numbers, depth=2)(None)
+    >>> [next(stream) for _ in range(4)], begun
+    ([('<0>', 1), ('<1>', 2), ('<2>', 3), ('<3>', 4)], [0, 1, 2, 3, 4, 5])
+    """
+
+    def stream(state: State = None) -> Iterator[tuple[U, State]]:
+        begun: deque[tuple[U, State]] = deque()
+        far = 0
+        for item, after in upstream(state):
+            begun.append((begin(item), after))
+            if len(begun) > far:
+                yield begun.popleft()
+                far = min(far + 1, depth)
+        while begun:
+            yield begun.popleft()
 
     return stream
 

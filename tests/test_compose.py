@@ -98,7 +98,8 @@ def loader(recipe: Any, stages: Stages | None = None, layout: Any = None, **opti
         "task_encoder": encoder(stages),
         "worker_config": config,
     }
-    return get_loader(get_train_dataset(recipe, **{**defaults, **options}))
+    threads = options.pop("threads", 0)
+    return get_loader(get_train_dataset(recipe, **{**defaults, **options}), threads=threads)
 
 
 def words(loader: Loader[Any], batches: int | None = None) -> list[str]:
@@ -343,7 +344,10 @@ def test_any_pipeline_over_any_recipe_is_the_same_on_every_pair_of_layouts(
     state, done = None, 0
     for _ in range(2):
         size = data.draw(st.sampled_from(sizes))
-        ranks = [loader(recipe, stages, (rank, size, 0, lanes)) for rank in range(size)]
+        threads = data.draw(st.sampled_from([0, 1, 3]))
+        ranks = [
+            loader(recipe, stages, (rank, size, 0, lanes), threads=threads) for rank in range(size)
+        ]
         for one in ranks:
             if state is not None:
                 one.load_state_dict(state)
@@ -364,7 +368,7 @@ def test_worker_processes_change_nothing(
 ) -> None:
     recipe = data.draw(recipes(sources))
     whole = list(itertools.islice(loader(recipe, stages), 16))
-    with loader(recipe, stages, (0, 1, 2, 4)) as first:
+    with loader(recipe, stages, (0, 1, 2, 4), threads=2) as first:
         found = list(itertools.islice(first, 7))
         state = first.state_dict()
     with loader(recipe, stages, (0, 1, 1, 4)) as second:

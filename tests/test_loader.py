@@ -1,9 +1,11 @@
 """Loaders over real shards and real worker processes: nothing lost, nothing twice, in order."""
 
+import contextlib
 import dataclasses
 import itertools
 import logging
 import random
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -479,3 +481,97 @@ def test_groups_that_never_get_full_are_an_error_not_a_leak(folder: Path) -> Non
 
     with pytest.raises(FatalSampleError, match="none of its groups gets full"):
         next(iter(train(folder, task_encoder=Unique())))
+
+
+# ------------------------------------------------------------------------------------ threads
+
+
+@pytest.fixture(scope="module")
+def spoiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures, every fifth of which cannot be decoded."""
+    path = tmp_path_factory.mktemp("spoiled")
+    pictures = [(f"{n:02d}", {"jpg": b"no" if n % 5 == 3 else jpeg(n)}) for n in range(40)]
+    write_tar(path / "0.tar", pictures)
+    return path
+
+
+class Pictures(DefaultTaskEncoder[Any, Any, Any, Any]):
+    def encode_sample(self, sample: Any) -> Any:
+        return sample["__key__"], float(sample["jpg"].sum()), random.random()
+
+    def batch(self, samples: list[Any]) -> list[Any]:
+        return samples
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_threads_read_ahead_and_change_nothing(
+    spoiled: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    failed: list[tuple[str, str]] = []
+
+    def note(error: Exception, sample: Any, sources: Any) -> None:
+        failed.append((str(error), sample["__key__"]))
+
+    def batches(threads: int, workers: int = 0, state: Any = None) -> tuple[list[Any], Any]:
+        config = WorkerConfig(
+            rank=0, world_size=1, num_workers=workers, lanes=2, global_error_handler=note
+        )
+        dataset = get_train_dataset(
+            spoiled,
+            batch_size=3,
+            shuffle_buffer_size=7,
+            task_encoder=Pictures(),
+            worker_config=config,
+        )
+        with get_loader(dataset, threads=threads) as loader:
+            if state is not None:
+                loader.load_state_dict(state)
+            found = list(itertools.islice(loader, 20))
+            return found, loader.state_dict()
+
+    plain, state = batches(0)
+    told = failed.copy()
+    failed.clear()
+    assert batches(3, workers) == (plain, state)
+    if not workers:  # the handler of a worker notes in the worker
+        assert failed[: len(told)] == told
+        assert told
+    assert batches(2, workers, state)[0] == batches(0, 0, state)[0]
+
+
+def test_threads_work_at_the_same_time(folder: Path) -> None:
+    barrier, calls, met = threading.Barrier(2, timeout=20), itertools.count(), list[int]()
+
+    def together(raw: dict[str, Any]) -> dict[str, Any]:
+        assert threading.current_thread() is not threading.main_thread()
+        if next(calls) in (1, 2):  # the very first sample is waited for alone
+            met.append(barrier.wait())
+        return {**raw, "json": {"n": 0}}
+
+    dataset = get_train_dataset(
+        folder, batch_size=3, task_encoder=Numbers(), worker_config=ONE, decoder=together
+    )
+    next(iter(get_loader(dataset, threads=2)))
+    assert sorted(met) == [0, 1]  # each waited until the other was there
+
+
+def test_an_iteration_that_is_left_leaves_no_work_to_threads(folder: Path) -> None:
+    read: list[str] = []
+
+    def noting(raw: dict[str, Any]) -> dict[str, Any]:
+        read.append(raw["__key__"])
+        return {**raw, "json": {"n": 0}}
+
+    dataset = get_train_dataset(
+        folder, batch_size=2, task_encoder=Numbers(), worker_config=ONE, decoder=noting
+    )
+    for _ in get_loader(dataset, threads=2):
+        break
+    assert len(read) <= 2 + 4  # the batch, and twice the threads ahead of it
+
+
+@pytest.mark.parametrize("threads", [-1, 1.5, "two"])
+def test_a_wrong_number_of_threads_is_told(folder: Path, threads: Any) -> None:
+    dataset = get_train_dataset(folder, batch_size=2, worker_config=ONE)
+    with pytest.raises(ValueError, match=r"threads is .*; it must be 0 or more"):
+        get_loader(dataset, threads=threads)

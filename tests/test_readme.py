@@ -31,7 +31,7 @@ def test_its_examples_run(
     monkeypatch.chdir(tmp_path)
     # The training script is run in test_distributed.py.
     short = [example for example in examples() if "save_state_global" not in example]
-    assert len(short) == len(examples()) - 1 == 2
+    assert len(short) == len(examples()) - 1 == 3
     for number, example in enumerate(short):
         # As a script, since workers send instances of its classes.
         script = tmp_path / f"example_{number}.py"
@@ -40,3 +40,6 @@ def test_its_examples_run(
     said = capsys.readouterr().out
     assert said.count("torch.Size([32, 3, 224, 224])") == 10
     assert "background" in said
+    assert "'energon_fn_demo" not in said  # paths are whole
+    assert ": 60," in said
+    assert ": 20}" in said
