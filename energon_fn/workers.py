@@ -35,7 +35,7 @@ from energon_fn.streams import State, Stream
 Streams = Callable[[int, int], Stream[Any]]
 """``(lane, epoch) -> stream``; it must pickle where workers are spawned and not forked."""
 
-READY = None  # what the receiver answers to every message: one more may be made ahead
+ASKED = None  # the question what a worker is doing
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ class Worker(NamedTuple):
     process: BaseProcess
     work: socket
     questions: socket
+    borrower: wire.Borrower
 
 
 class Pool:
@@ -147,8 +148,9 @@ class Pool:
             worker = self._workers[number]
             self._wait(number)
             try:
-                run, message = wire.receive(worker.work)
-                wire.send(worker.work, READY)
+                run, message = worker.borrower.receive(worker.work)
+                # Its answer to every message: one more may be made ahead, and in which memory.
+                wire.send(worker.work, worker.borrower.give_back())
             except (EOFError, ConnectionError):
                 self._restart(number)
                 continue
@@ -218,7 +220,8 @@ def _start(streams: Streams, options: PoolOptions) -> Worker:
     process.start()
     for connection in theirs:
         connection.close()
-    return Worker(process, *ours)
+    work, questions = ours
+    return Worker(process, work, questions, wire.Borrower())
 
 
 def _end(workers: list[Worker], after: Callable[[], object]) -> None:
@@ -240,7 +243,7 @@ def _ask(worker: Worker) -> dict[str, Any]:
     """What a worker is doing; nothing if it does not answer."""
     worker.questions.settimeout(5)
     try:
-        wire.send(worker.questions, READY)
+        wire.send(worker.questions, ASKED)
         answer: dict[str, Any] = wire.receive(worker.questions)
     except (EOFError, OSError):
         return {}
@@ -279,13 +282,14 @@ def _work(connection: socket, questions: socket, streams: Streams, prefetch: int
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, ConnectionError):
-        command = wire.receive(connection)
+        lender, command = wire.Lender(), wire.receive(connection)
         while True:
-            command = _carry_out(connection, prefetch, streams, *command)
+            command = _carry_out(connection, lender, prefetch, streams, *command)
 
 
 def _carry_out(
     connection: socket,
+    lender: wire.Lender,
     prefetch: int,
     streams: Streams,
     run: int,
@@ -296,8 +300,10 @@ def _carry_out(
     turns, ahead = deliveries(streams, epoch, lanes), 0
     while message := _next_message(turns):
         while ahead >= prefetch:
-            if (command := wire.receive(connection)) is not READY:
+            command = wire.receive(connection)
+            if not isinstance(command, list):
                 return command
+            lender.take_back(command)
             ahead -= 1
         try:
             data = wire.dumps((run, message))
@@ -307,10 +313,10 @@ def _carry_out(
                 f"a batch of type {what} cannot be sent from a worker: {error}. Define what is in "
                 "it (classes, functions) at the top level of a module, or load with num_workers=0."
             )))  # fmt: skip
-        wire.send_dumped(connection, *data)
+        lender.send(connection, *data)
         ahead += 1
-    while (command := wire.receive(connection)) is READY:
-        pass
+    while isinstance(command := wire.receive(connection), list):
+        lender.take_back(command)
     return command
 
 

@@ -1,6 +1,5 @@
 """Loaders over real shards and real worker processes: nothing lost, nothing twice, in order."""
 
-import contextlib
 import dataclasses
 import itertools
 import logging

@@ -28,9 +28,10 @@ DTYPES = [
 def through(thing: Any) -> Any:
     here, there = socketpair()
     with here, there:
-        sender = threading.Thread(target=wire.send, args=(here, thing))
+        message = wire.dumps(thing)
+        sender = threading.Thread(target=wire.Lender().send, args=(here, *message))
         sender.start()
-        received = wire.receive(there)
+        received = wire.Borrower().receive(there)
         sender.join()
     return received
 
@@ -86,6 +87,46 @@ def test_no_descriptor_stays_open_and_the_memory_goes_with_the_tensors() -> None
     del found
     gc.collect()
     assert mapped() == before[1]
+
+
+@given(st.lists(st.tuples(st.integers(0, 120_000), st.integers(0, 12)), max_size=30))
+def test_memory_is_written_to_again_only_when_nobody_holds_what_is_in_it(
+    steps: list[tuple[int, int]],
+) -> None:
+    here, there = socketpair()
+    lender, borrower = wire.Lender(), wire.Borrower()
+    held: list[tuple[int, torch.Tensor]] = []
+    with here, there:
+        for n, (size, keep) in enumerate(steps):
+            thing = torch.full((size,), n, dtype=torch.int16), np.full(size // 2, n)
+            sender = threading.Thread(target=lender.send, args=(here, *wire.dumps(thing)))
+            sender.start()
+            tensor, array = borrower.receive(there)
+            sender.join()
+            assert (array == n).all()
+            held.append((n, tensor[size // 3 :]))  # a part holds the whole
+            del tensor, array, held[: max(len(held) - keep, 0)]
+            assert all((kept == number).all() for number, kept in held)
+            lender.take_back(borrower.give_back())
+            del thing
+        held.clear()
+        lender.take_back(borrower.give_back())
+        assert len(lender._pieces) <= wire.KEPT
+        assert lender._pieces.keys() == borrower._pieces.keys() == lender._free
+
+
+def test_batches_that_are_let_go_take_the_same_memory_again() -> None:
+    here, there = socketpair()
+    lender, borrower = wire.Lender(), wire.Borrower()
+    with here, there:
+        batch = None
+        for n in range(50):
+            size = 90_000 + n * 100  # some are a little larger
+            lender.send(here, *wire.dumps(torch.zeros(size, dtype=torch.uint8)))
+            batch = borrower.receive(there)
+            assert len(batch) == size
+            lender.take_back(borrower.give_back())
+    assert lender.made == 2  # one is held while the next is written
 
 
 def test_the_end_of_the_other_side_is_told_wherever_it_comes() -> None:
