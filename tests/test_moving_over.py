@@ -28,14 +28,13 @@ from energon_fn.errors import DatasetError
 from energon_fn.opening import open_recipe
 from energon_fn.outline import prepare_metadataset
 
-IMPORTS = {
-    "theirs": "from megatron.energon import (\n    cooker,",
-    "ours": "from energon_fn.stages import cooker\nfrom energon_fn import (",
-}
+PACKAGES = {"theirs": "megatron.energon", "ours": "energon_fn"}
 
-# What somebody has who moves over, behind the first line of the imports.
+# What somebody has who moves over.
 USERS_CODE = """
-    Cooker, DefaultTaskEncoder, Sample, TextSample, basic_sample_keys, edataclass, stateless,
+from PACKAGE import (
+    Cooker, DefaultTaskEncoder, FileStore, Sample, TextSample, basic_sample_keys, cooker,
+    edataclass, stateless,
 )
 
 @edataclass
@@ -57,7 +56,7 @@ def cook_line(sample):
 
 @stateless
 @cooker(need_primary=True)
-def cook_poem(sample, primary):
+def cook_poem(sample: dict, primary: FileStore) -> Cooked:
     again = primary.get(".txt", sample)
     other = primary.get("0021.txt", sample)
     return Cooked(**basic_sample_keys(sample), text=f"poem {sample['txt']} {again} {other}")
@@ -217,9 +216,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 yaml = yaml_of(root, name, part)
                 before = yaml.read_text() if yaml.exists() else HEAD.format(version)
                 yaml.write_text(f"{before}  {part}:\n{body}")
-    for side, first in IMPORTS.items():
+    for side, package in PACKAGES.items():
         (root / side).mkdir()
-        (root / side / "moving.py").write_text(first + USERS_CODE)
+        (root / side / "moving.py").write_text(USERS_CODE.replace("PACKAGE", package))
     return root
 
 

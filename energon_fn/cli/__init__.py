@@ -66,7 +66,7 @@ def _run(args: argparse.Namespace) -> int:
     )
 
     try:
-        status: int = getattr(commands, args.command)(args)
+        status: int = getattr(commands, args.command.replace("-", "_"))(args)
         return status
     except BrokenPipeError:
         raise
@@ -88,7 +88,7 @@ def _set_up_process(command: str) -> None:
     from tqdm import tqdm
 
     # A walk of a large tar ends at once; loader processes end in order, told by this one.
-    ctrl_c_in_children = signal.SIG_DFL if command == "prepare" else signal.SIG_IGN
+    ctrl_c_in_children = signal.SIG_DFL if command.startswith("prepare") else signal.SIG_IGN
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -138,12 +138,15 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(
         "prepare",
-        "Index a folder of tars, split it, and say what a sample is: asks, or takes options.",
+        "Index a folder of tars, split it, and say what a sample is: asks, or takes options. A "
+        ".jsonl file is only indexed; of a metadataset the indexes of its joins are made.",
         "  energon-fn prepare cats\n"
         "  energon-fn prepare cats --non-interactive --split-ratio 8,1,1 \\\n"
         "    --sample-type CaptioningSample \\\n"
-        '    --field-map \'{"image": "jpg", "caption": "txt"}\'',
-        "the folder with the shards (*.tar, *.tar.gz, *.tgz, in folders below it too)",
+        '    --field-map \'{"image": "jpg", "caption": "txt"}\'\n'
+        "  energon-fn prepare blend.yaml",
+        "the folder with the shards (*.tar, *.tar.gz, *.tgz, in folders below it too), a .jsonl "
+        "file, or the .yaml of a metadataset",
     )
     add = sub.add_argument
     add("--non-interactive", action="store_true", help="ask nothing")
@@ -194,17 +197,53 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="show a progress bar (by default on terminals)",
     )
+    _media_options(sub, required=False)
+    add(
+        "--fix-duplicates",
+        action="store_true",
+        help="if keys occur in several shards, write all shards again, each with its name as a "
+        "folder in the keys",
+    )
 
-    data = "a prepared folder; a folder, brace or glob pattern of tars; or a tar"
     sub = command(
-        "info", "What there is: samples, splits, parts, sizes.", "  energon-fn info cats", data
+        "prepare-media",
+        "Keep the sizes of pictures and lengths of recordings, of a folder of files or of a "
+        "prepared dataset.",
+        "  energon-fn prepare-media pictures --media-metadata-by-extension",
+        "the folder with the files (in folders below it too), or a prepared one with shards",
+    )
+    _media_options(sub, required=True)
+    sub.add_argument(
+        "--num-workers",
+        metavar="N",
+        type=_at_least(1),
+        default=os.cpu_count() or 1,
+        help="files or shards read at a time (as many as there are processors)",
+    )
+    sub.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="show a progress bar (by default on terminals)",
+    )
+
+    data = (
+        "a prepared folder; a folder, brace or glob pattern of tars; a tar; a .jsonl file; or the "
+        ".yaml of a metadataset"
+    )
+    sub = command(
+        "info",
+        "What there is: samples, splits, parts, sizes; of what a metadataset is made.",
+        "  energon-fn info cats\n  energon-fn info blend.yaml",
+        data,
     )
     _config_options(sub)
 
     sub = command(
         "lint",
         "Read and decode every sample and list the bad ones; exit status 1 if there are any.",
-        "  energon-fn lint cats --num-workers 8 > bad.txt",
+        "  energon-fn lint cats --num-workers 8 > bad.txt\n"
+        "  energon-fn lint blend.yaml --split-part train",
         data,
     )
     _split_part_option(sub, "all")
@@ -228,7 +267,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "preview",
         "Show samples, spread over the dataset, in the terminal or on a contact sheet.",
-        "  energon-fn preview cats -n 3\n  energon-fn preview cats --sheet cats.png -n 48",
+        "  energon-fn preview cats -n 3\n"
+        "  energon-fn preview cats --sheet cats.png -n 48\n"
+        "  energon-fn preview blend.yaml -n 8",
         data,
     )
     _split_part_option(sub, "the first")
@@ -271,6 +312,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _media_options(parser: argparse.ArgumentParser, required: bool) -> None:
+    group = parser.add_mutually_exclusive_group(required=required)
+    flag, to = "--media-metadata-by-", "media_metadata_by"
+    for how, which in (("extension", "with usual endings"), ("header", "of known formats")):
+        text = f"keep the metadata (sizes, durations) of files {which}"
+        group.add_argument(flag + how, dest=to, action="store_const", const=how, help=text)
+    text = "keep that of files whose name in the tar or folder fits one of these"
+    group.add_argument(flag + "glob", dest=to, metavar="'*.jpg,*.png'", help=text)
+
+
 def _split_part_option(parser: argparse.ArgumentParser, usual: str) -> None:
     parser.add_argument(
         "--split-part",
@@ -295,7 +346,7 @@ def _trust_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust",
         action="store_true",
-        help="run the dataset's own code (sample_loader.py) if it has any",
+        help="run code that the dataset names, if it does (a sample_loader.py, a joiner's module)",
     )
 
 

@@ -71,6 +71,25 @@ def _char_width(char: str) -> int:
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
 
+def counted(count: int, thing: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "sample"), counted(1200, "sample")
+    ('1 sample', '1,200 samples')
+    """
+    return f"{count:,} {thing}{'s' * (count != 1)}"
+
+
+def seen_from(folder: str, path: str) -> str:
+    """The path as it is seen from a folder that it is in; else as it is.
+
+    >>> seen_from("/data", "/data/cats/0.tar"), seen_from("/data", "/home/cats")
+    ('cats/0.tar', '/home/cats')
+    """
+    inner = os.path.relpath(path, folder)
+    return path if inner.startswith("..") else inner
+
+
 def size(count: int) -> str:
     """A number of bytes in a readable unit.
 

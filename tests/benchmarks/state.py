@@ -225,7 +225,8 @@ def without_states(energon: Any, dataset: Any) -> Iterator[Any]:
                 position.at(where)  # random numbers need it, states or not
                 yield value
 
-        return lambda state: ((value, None) for value in stage(pull(upstream(None))))
+        held: list[list[Any]] = [[]] if options.get("gives_back") else []
+        return lambda state: ((value, None) for value in stage(pull(upstream(None)), *held))
 
     module: Any = sys.modules[energon.Dataset.__module__]
     resumable, module.resumable = module.resumable, bare
