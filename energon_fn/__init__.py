@@ -23,7 +23,7 @@ from energon_fn.datasets import (
     get_val_dataset,
     get_val_datasets,
 )
-from energon_fn.decoding import decode_part, decoder
+from energon_fn.decoding import SampleDecoder, decode_part, decoder
 from energon_fn.disk.jsonl import open_jsonl, prepare_jsonl
 from energon_fn.disk.media import AVMetadata, ImageMetadata
 from energon_fn.disk.prepare import BaseWebdatasetFactory, prepare_dataset, write_dataset_yaml
@@ -126,6 +126,7 @@ __all__ = [
     "PackedSamplesOutput",
     "PrimaryFileStore",
     "Sample",
+    "SampleDecoder",
     "SampleError",
     "SimilarityInterleavedSample",
     "SkipSample",

@@ -33,6 +33,7 @@ class Options(TypedDict, total=False):
     task_encoder: TaskEncoder[Any, Any, Any, Any] | None
     worker_config: WorkerConfig | None
     image_decode: str
+    min_size: int | tuple[int, int] | None
     auto_decode: bool
     decoder: Decoder | None
     dataset_config: str
@@ -141,6 +142,7 @@ def get_dataset(
     task_encoder: TaskEncoder[Any, Any, Any, Any] | None = None,
     worker_config: WorkerConfig | None = None,
     image_decode: str = "torchrgb",
+    min_size: int | tuple[int, int] | None = None,
     auto_decode: bool = True,
     decoder: Decoder | None = DEFAULT_DECODER,
     dataset_config: str = "dataset.yaml",
@@ -154,6 +156,8 @@ def get_dataset(
     task_encoder: None: the defaults of :class:`~energon_fn.DefaultTaskEncoder`.
     worker_config: None: :meth:`WorkerConfig.default_worker_config`; in a notebook the same four
     lanes without processes of their own.
+    min_size: what JPEGs are scaled to while they are decoded, if they are larger by half, see
+    :class:`~energon_fn.SampleDecoder`.
     image_decode: how images come out, one of webdataset's names; ``auto_decode=False`` or
     ``decoder=None`` give all parts as bytes; another decoder, also one that the task encoder has,
     is called with raw samples instead.
@@ -210,7 +214,12 @@ def get_dataset(
         logger.warning(f"{names}: the split part {split_part!r} has no samples")
     if decoder is DEFAULT_DECODER:
         own = getattr(encoder, "decoder", None)
-        decoder = (own or make_decoder(image_decode)) if auto_decode else None
+        if own is not None and min_size is not None:
+            raise ValueError(
+                f"min_size is {min_size}, but {type(encoder).__name__} has a decoder: say it there"
+            )
+        made = own or make_decoder(image_decode, min_size=min_size)
+        decoder = made if auto_decode else None
     if not (decoder is None or callable(decoder)):
         raise TypeError(
             f"decoder is {decoder!r}; it must be a function from a raw sample to a decoded one, or "

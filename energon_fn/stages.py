@@ -140,16 +140,17 @@ def _each(items: Iterable[T], fn: Callable[[T], U | Iterator[U]]) -> Iterator[U]
             continue
 
 
-def decode(image: str | None = "torchrgb") -> Stage[dict[str, Any], dict[str, Any]]:
-    """Decode the parts of raw samples by their names; see :mod:`energon_fn.decoding`.
+def decode(image: str | None = "torchrgb", **options: Any) -> Stage[dict[str, Any], dict[str, Any]]:
+    """Decode the parts of raw samples by their names; see :class:`~energon_fn.SampleDecoder`.
 
     image: how images come out, one of webdataset's names; None leaves all parts as bytes.
+    options: the decoder's, ``min_size`` say.
 
     >>> list(decode()([{"__key__": "7", "txt": b"a rose", "cls": b"3", "raw": b"?"}]))
     [{'__key__': '7', 'txt': 'a rose', 'cls': 3, 'raw': b'?'}]
     """
-    fn = decoder(image)  # a wrong option is said here, not at the first sample
-    return Stage(decode, lambda items, _: _each(items, fn), (image,), {})
+    fn = decoder(image, **options)  # a wrong option is said here, not at the first sample
+    return Stage(decode, lambda items, *_, **__: _each(items, fn), (image,), options)
 
 
 @stage

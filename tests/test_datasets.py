@@ -31,6 +31,7 @@ from energon_fn import (
     FatalSampleError,
     IgnoreSample,
     ImageClassificationSample,
+    SampleDecoder,
     SkipSample,
     TextSample,
     WorkerConfig,
@@ -1689,3 +1690,21 @@ def test_a_crude_sample_says_what_it_has() -> None:
 def test_a_loader_takes_a_dataset() -> None:
     with pytest.raises(TypeError, match="get_loader takes a dataset, not 'birds'"):
         get_loader("birds")  # type: ignore[arg-type]
+
+
+def test_min_size_is_the_decoders_or_told(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("0", {"jpg": jpeg(size=(1200, 900))})])
+    [sample] = get_loader(get_train_dataset(
+        tmp_path, batch_size=None, worker_config=here(), repeat=False, min_size=200
+    ))  # fmt: skip
+    assert sample["jpg"].shape == (3, 225, 300)
+
+    class Own(DefaultTaskEncoder[Any, Any, Any, Any]):
+        decoder = SampleDecoder(min_size=400)
+
+    [sample] = get_loader(get_train_dataset(
+        tmp_path, batch_size=None, worker_config=here(), repeat=False, task_encoder=Own()
+    ))  # fmt: skip
+    assert sample["jpg"].shape == (3, 450, 600)
+    with pytest.raises(ValueError, match="min_size is 200, but Own has a decoder"):
+        get_train_dataset(tmp_path, batch_size=None, task_encoder=Own(), min_size=200)

@@ -107,7 +107,7 @@ def media_metadata(data: bytes | IO[bytes], name: str, how: str = HEADER) -> Med
     if not is_wanted(name, how):
         return None
     file = io.BytesIO(data) if isinstance(data, bytes) else data
-    kind = _kind_of(file.read(32))
+    kind = kind_of(file.read(32))
     file.seek(0)
     if how == HEADER and kind is None:
         return None
@@ -116,7 +116,7 @@ def media_metadata(data: bytes | IO[bytes], name: str, how: str = HEADER) -> Med
             case "image":
                 return _image_metadata(file)
             case "av":
-                return _av_metadata(file)
+                return av_metadata(file)
         raise ValueError("neither a known header nor a known ending")
     except _NeedsPyAV:
         raise DatasetError(
@@ -174,7 +174,7 @@ _IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
 _RIFF = {b"WEBP": _IMAGE, b"WAVE": _AV, b"AVI ": _AV}
 
 
-def _kind_of(head: bytes) -> str | None:
+def kind_of(head: bytes) -> str | None:
     """What begins like this; None if that is not known."""
     if head.startswith(_IMAGE_HEADS):
         return _IMAGE
@@ -207,15 +207,17 @@ def _image_metadata(file: IO[bytes]) -> ImageMetadata:
         )
 
 
-class _NeedsPyAV(Exception):
+class _NeedsPyAV(ImportError):
     pass
 
 
-def _av_metadata(file: IO[bytes]) -> AVMetadata:
+def av_metadata(file: IO[bytes]) -> AVMetadata:
+    """The metadata of audio or video; ImportError without PyAV, and what it raises for others."""
     try:
         import av
-    except ImportError:
-        raise _NeedsPyAV from None
+    except ImportError as error:
+        needs = "audio and video need PyAV: `pip install energon-fn[av]`"
+        raise _NeedsPyAV(needs) from error
     cover = av.stream.Disposition.attached_pic
     with av.open(file, metadata_errors="ignore") as container:
         video = next((s for s in container.streams.video if not s.disposition & cover), None)
