@@ -31,6 +31,7 @@ from energon_fn import (
     get_val_dataset,
     get_val_datasets,
     join,
+    knapsack,
     open_source,
     repeat,
     subset,
@@ -64,9 +65,9 @@ class Stages:
 def encoder(stages: Stages) -> Any:
     def encode_sample(self: Any, sample: Any) -> Iterator[str]:
         word = sample["txt"]
-        if stages.skip and int(word[1:]) % 5 == stages.skip:
+        if stages.skip and int(word[1:].rstrip("?")) % 5 == stages.skip:
             raise SkipSample
-        for n in range(1 + (stages.many and int(word[1:]) % 2)):
+        for n in range(1 + (stages.many and int(word[1:].rstrip("?")) % 2)):
             yield f"{word}{'!' * n}{random.random() if stages.draw else ''}"
 
     def select_samples_to_pack(self: Any, samples: list[str]) -> list[list[str]]:
@@ -300,10 +301,24 @@ pipelines = st.builds(
 amounts = st.sampled_from([1, 2, 0.5, Fraction(1, 3), 1.25])
 
 
+def first_of(one: Any, other: Any) -> Any:
+    """The primary sample, which says whether the other one was there."""
+    return {**one, "txt": one["txt"] + ("" if other else "?")}
+
+
 def recipes(sources: dict[str, Source]) -> st.SearchStrategy[Any]:
     whole = st.sampled_from(list(sources.values()))
     cut = st.builds(lambda one, n: subset(f"{n}%", "100%")(one), whole, st.integers(0, 50))
     parted = st.builds(lambda one: subset("50%", "100%")(one), whole)
+    joined = st.sampled_from(
+        [
+            join([sources["a"], sources["b"]], first_of, nonmatch={1: "skip"}),
+            join(
+                {"one": sources["a"], "other": sources["c"]}, first_of, nonmatch={"other": "none"}
+            ),
+            subset(1, 5)(join([sources["b"], sources["a"]], first_of)),
+        ]
+    )
 
     def deeper(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         pairs = st.lists(st.tuples(inner, amounts), min_size=1, max_size=3)
@@ -313,7 +328,7 @@ def recipes(sources: dict[str, Source]) -> st.SearchStrategy[Any]:
             | st.builds(concat, st.lists(inner, min_size=1, max_size=2))
         )
 
-    return st.recursive(whole | cut | parted, deeper, max_leaves=5)
+    return st.recursive(whole | cut | parted | joined, deeper, max_leaves=5)
 
 
 @settings(max_examples=30)
@@ -413,6 +428,38 @@ def test_what_was_drawn_of_an_epoch_that_ended(sources: dict[str, Source]) -> No
     name = f"{sources['a'].path} + {sources['b'].path}"
     assert sum(1 for _ in one) + 8 == 9  # one lane has five samples, the others four
     assert one.drawn() == {name: 17}
+
+
+class Fitting(DefaultTaskEncoder[Any, Any, Any, Any]):
+    select_samples_to_pack = knapsack(cost=len, capacity=10)
+
+    def encode_sample(self, sample: Any) -> Any:
+        return sample["txt"]
+
+    def pack_selected_samples(self, samples: list[str]) -> Any:
+        return "".join(samples)
+
+    def batch(self, samples: list[Any]) -> list[Any]:
+        return samples
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_report_tells_how_full_packs_are(sources: dict[str, Source], workers: int) -> None:
+    recipe = blend_epochized([(sources["a"], 1), (sources["b"], 2)])
+    dataset = get_train_dataset(
+        recipe,
+        batch_size=2,
+        packing_buffer_size=9,
+        repeat=False,
+        task_encoder=Fitting(),
+        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=workers, lanes=2),
+    )
+    with get_loader(dataset) as one:
+        packs = words(one)
+        report = one.report()
+    assert report["packs"] == len(packs)
+    assert report["fill"] == pytest.approx(sum(map(len, packs)) / 10 / len(packs))
+    assert report[f"drawn/{sources['b'].path}"] == 12
 
 
 def test_seeking_goes_by_the_blend(sources: dict[str, Source]) -> None:
