@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from energon_fn.mixing import (
+    STEPS,
     Blend,
     Order,
     Rounds,
@@ -135,6 +136,16 @@ def test_parts_are_spread_evenly(shares: list[Fraction], lanes: int, count: int)
         counts = drawn(blend, lane, (0, count))
         for share, came in zip(shares, counts, strict=True):
             assert abs(came - count * share / sum(shares)) <= 1 + len(shares) * share / sum(shares)
+
+
+@settings(max_examples=20)
+@given(st.lists(amounts, min_size=1, max_size=9), st.integers(0, 9))
+def test_positions_around_the_ends_of_chunks_are_exact(shares: list[Fraction], seed: int) -> None:
+    blend = blend_of(*shares, lanes=3, seed=seed)
+    whole = [key for key, _ in islice(keys(blend, 2), 2 * STEPS + 40)]
+    for end in (STEPS, 2 * STEPS):
+        for done in range(end - 12, end + 12):
+            assert next(keys(blend, 2, (0, done)))[0] == whole[done]
 
 
 def test_lanes_together_are_spread_evenly_too() -> None:
