@@ -20,6 +20,8 @@ from fcntl import ioctl
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from energon_fn import cli
 from energon_fn.cli import commands  # noqa: F401  # commands: imported before forking
 
@@ -102,6 +104,7 @@ def run_on_terminal(
 def _exit_with(function: Callable[[], int]) -> None:
     """Run the function with the real input and output, and end the process by its result."""
     status = 70
+    torch.set_num_threads(1)  # what threads there were did not come along
     try:
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115  # for the rest of its life
         status = function()
