@@ -1,8 +1,10 @@
 """Data loading for multimodal training: Megatron-Energon's task encoder as generator stages.
 
-``plan`` decides which sample comes when, on keys; ``source`` loads samples by key; ``stages``
-transform them, from iterator to iterator; ``lanes`` say who runs which stream. The files' names
-show the data's way; this one lists the public names.
+The way of the data: ``compose`` (recipes of datasets, or ``metadataset``, the same in YAML) ->
+``opening`` (datasets on ``disk``) -> ``plan`` and ``mixing`` (which sample when, on keys) ->
+``stages`` (from iterator to iterator) -> ``streams`` (which go on from any state) -> ``pipeline``
+(all of it, as a task encoder says) -> ``lanes`` and ``workers`` (who runs which stream) ->
+``loader``. This file lists the public names.
 """
 
 from energon_fn.caching import CachePool, FileStoreCachePool, Lazy, NoCachePool

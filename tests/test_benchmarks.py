@@ -156,7 +156,8 @@ def test_ratios_are_medians_of_ratios(throughput: Any) -> None:
 
 
 def test_all_contenders_do_the_same_work(throughput: Any, contenders: Any, tmp_path: Path) -> None:
-    for kind, scale in (("text", 0.004), ("jpeg", 0.04)):
+    # 128 texts: webdataset leaves out those of an epoch that fill no batch.
+    for kind, scale in (("text", 0.0064), ("jpeg", 0.04)):
         throughput.make_dataset(tmp_path / kind, kind, scale)
     shapes = {
         "text": ("tokens", (64, 64)),
@@ -175,7 +176,8 @@ def test_all_contenders_do_the_same_work(throughput: Any, contenders: Any, tmp_p
             found = [next(batches)[part] for _ in range(3 if part == "images" else 40)]
             assert {tensor.shape for tensor in found} == {shape}
             if part == "tokens":  # several times through the dataset
-                delivered[work].append({int(row[0]) for each in found for row in each})
+                tokens = {token for each in found for token in each.flatten().tolist()}
+                delivered[work].append(tokens - {0})
     for first, *others in delivered.values():
         assert len(first) > 1
         assert all(other == first for other in others)
