@@ -126,14 +126,14 @@ def blend(parts: Iterable[tuple[Recipe, Weight]], *, random: bool = False) -> Bl
         ...
     ValueError: the weight of 'data/b' is 0; it must be above 0. Leave out what is not wanted
     """
-    parts = tuple((part, weight) for part, weight in parts)
-    for part, weight in parts:
+    pairs = _pairs("blend", "weight", parts)
+    for part, weight in pairs:
         if not callable(weight) and not 0 < weight < float("inf"):
             raise ValueError(
                 f"the weight of {part!r} is {weight!r}; it must be above 0. Leave out what is not "
                 "wanted"
             )
-    return Blend(_some("blend", parts), random)
+    return Blend(_some("blend", pairs), random)
 
 
 def blend_epochized(parts: Iterable[tuple[Recipe, float | Fraction]]) -> Epochized:
@@ -148,11 +148,11 @@ def blend_epochized(parts: Iterable[tuple[Recipe, float | Fraction]]) -> Epochiz
     >>> blend_epochized([("data/a", 2), ("data/b", 0.7)]).parts[1]
     ('data/b', Fraction(7, 10))
     """
-    parts = tuple((part, times) for part, times in parts)
-    for part, times in parts:
+    pairs = _pairs("blend_epochized", "repetitions", parts)
+    for part, times in pairs:
         if not 0 < times < float("inf"):
             raise ValueError(f"the repetitions of {part!r} are {times}; they must be above 0")
-    exact = tuple((part, Fraction(str(times))) for part, times in parts)
+    exact = tuple((part, Fraction(str(times))) for part, times in pairs)
     return Epochized(_some("blend_epochized", exact))
 
 
@@ -252,6 +252,24 @@ def _check_bound(bound: object) -> None:
             raise ValueError(problem)
     elif bound != "end" and not (type(bound) is int and bound >= 0):
         raise ValueError(problem)
+
+
+def _pairs(name: str, amount: str, parts: Any) -> tuple[tuple[Any, Any], ...]:
+    """The pairs of datasets and numbers, or functions. Raises TypeError for anything else."""
+    given = parts if isinstance(parts, list | tuple) or hasattr(parts, "__next__") else [parts]
+    pairs = tuple(given)
+    for pair in pairs:
+        if not (
+            isinstance(pair, tuple | list)
+            and len(pair) == 2
+            and not isinstance(pair[0], int | float)
+            and (callable(pair[1]) or isinstance(pair[1], int | float | Fraction))
+        ):
+            raise TypeError(
+                f"{name} was given {pair!r}; it takes a list of pairs: {name}([(dataset, {amount}),"
+                " ...])"
+            )
+    return tuple((part, number) for part, number in pairs)
 
 
 def _some(name: str, parts: Any) -> Any:

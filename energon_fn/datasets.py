@@ -20,6 +20,7 @@ from energon_fn.mixing import Blend, Order, Rounds, leaves
 from energon_fn.opening import Mixed, Opened, Tree, open_recipe
 from energon_fn.pipeline import Dataset, Decoder, arguments_of
 from energon_fn.plan import Plan
+from energon_fn.stages import Cooker
 from energon_fn.task_encoder import METHODS, DefaultTaskEncoder, TaskEncoder, method_of
 
 DEFAULT_DECODER: Any = object()  # the task encoder's, or by image_decode; None means none
@@ -322,7 +323,10 @@ def numbers(tree: Tree) -> list[int]:
 
 
 def check_cookers(dataset: Dataset[Any]) -> None:
-    """Raise for a cooker that does not take the stores it will be given."""
+    """Raise for what is no cooker, and for one that does not take the stores it will be given."""
+    for cooker in getattr(dataset.task_encoder, "cookers", ()):
+        if not isinstance(cooker, Cooker):
+            raise TypeError(f"cookers has {cooker!r}; write Cooker(function)")
     for n, source in enumerate(dataset.sources):
         if not source.is_crude:
             continue

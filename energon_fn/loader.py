@@ -103,10 +103,12 @@ class Loader(Generic[T]):
     def drawn(self) -> dict[str, int]:
         """How many samples of each dataset went into what this rank's loader delivered.
 
-        They count from the beginning of the run, those of a blend from that of its epoch; samples
+        They count from the beginning of the run, in validation from that of the epoch, and those of
+        a blend from where data or weights were last changed (``accept``); samples
         that were skipped, or wait in a packing buffer, are among them.
         """
-        order, epoch, states = self.dataset.order, self._epoch, {}
+        order, states = self.dataset.order, {}
+        epoch = self._epoch if self.dataset.shuffles else 0
         for lane in self.dataset.worker_config.rank_lanes:
             ended = lane not in self._lanes
             at = (epoch, lane_size(order, epoch, lane)) if ended else beginning(order, epoch)

@@ -14,7 +14,7 @@ holds for all of them together, too.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -81,7 +81,7 @@ def keys(order: Order, lane: int, state: State = None) -> Iterator[tuple[Key, St
     >>> b = Plan(runs=(9,), shuffle=True, repeat=True, span=None, first=2)
     >>> mixed = Rounds((a, b), (Fraction(3), Fraction(1, 3)), lanes=1, seed=0)
     >>> [key for key, state in keys(mixed, lane=0)]
-    [(0, 0), (0, 2), (0, 1), (1, 0), (0, 3), (1, 1), (2, 0), (0, 4), (2, 1)]
+    [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (0, 3), (2, 0), (2, 1), (0, 4)]
     """
     match order:
         case Plan():
@@ -137,10 +137,15 @@ def state_after(order: Order, lane: int, count: int) -> State:
         case Plan():
             return plan.state_after(order, lane, count)
         case Rounds():
-            epoch = 0
-            while count > (size := lane_size(order, epoch, lane)):
-                epoch, count = epoch + 1, count - size
-            return epoch, count
+
+            def total(epoch: int) -> int:
+                return sum(_before(order, epoch, lane))
+
+            far = 1
+            while total(far) < count:
+                far *= 2
+            epoch = max(bisect_left(range(far), count, key=total) - 1, 0)
+            return epoch, count - total(epoch)
         case Blend() if is_even(order):
             return 0, count
         case Blend():
@@ -181,6 +186,17 @@ def drawn(order: Order, lane: int, state: State) -> list[int]:
         for part, count in zip(order.parts, counts, strict=True)
     )
     return [count for counts in each for count in counts]
+
+
+def count(order: Order, lane: int, state: State) -> int:
+    """How many samples the lane gave until ``state``: the sum of :func:`drawn`, but quicker.
+
+    >>> count(Plan((5,), shuffle=True, repeat=True), 0, (2, 3))
+    13
+    """
+    if isinstance(order, Blend):
+        return 0 if state is None else int(state[1])
+    return sum(drawn(order, lane, state))
 
 
 def leaves(order: Order) -> list[Plan]:
@@ -271,7 +287,8 @@ def _parts(
 def _started(order: Order, lane: int, count: int, epoch: int) -> Iterator[tuple[Key, State]]:
     # A generator: where it begins is computed when it is first asked.
     at, *rest = state_after(order, lane, count)
-    yield from keys(order, lane, (at + epoch * FAR, *rest))
+    far = FAR if isinstance(order, Plan) else 1  # the plans inside are moved, once
+    yield from keys(order, lane, (at + epoch * far, *rest))
 
 
 def _until(rounds: Rounds, epoch: int) -> list[int]:
@@ -305,10 +322,19 @@ def _whole(blend: Blend) -> list[int]:
 def _phases(order: Blend | Rounds, lane: int, epoch: int = 0) -> list[int]:
     """Where in its first step each part begins, in parts of UNIT; staggered over the lanes."""
     shift = UNIT * lane // order.lanes
+    own = _place(order)
     return [
-        (seeds.number(order.seed, "phase", epoch, n) + shift) % UNIT
+        (seeds.number(order.seed, "phase", own, epoch, n) + shift) % UNIT
         for n in range(len(order.parts))
     ]
+
+
+def _place(order: Order) -> tuple[int, int]:
+    """What tells an order from the others in its tree: where it begins, and how deep it goes."""
+    depth = 0
+    while not isinstance(order, Plan):
+        order, depth = order.parts[0], depth + 1
+    return order.first, depth
 
 
 def _chunk_counts(weights: Sequence[int], phases: Sequence[int], chunk: int) -> list[int]:
@@ -346,7 +372,9 @@ def _picks(weights: Sequence[int], phases: Sequence[int], chunk: int) -> list[in
         float(Fraction(int(n)) + Fraction(phase, UNIT) - Fraction(weight * start, sum(weights)))
         for n, phase, weight in zip(low, phases, weights, strict=True)
     ]
-    times = (np.array(behind)[number] + nth) / np.array(weights, dtype=float)[number]
+    largest = max(weights)  # the weights themselves may be too large for floats
+    speeds = np.array([weight / largest for weight in weights])
+    times = (np.array(behind)[number] + nth) / speeds[number]
     return cast("list[int]", number[np.argsort(times, kind="stable")].tolist())
 
 
@@ -379,7 +407,8 @@ def _draws(blend: Blend, lane: int, done: int, epoch: int = 0) -> Iterator[int]:
     numbers are random, or multiples of the golden ratio, which fill every interval evenly.
     """
     golden = 0x9E3779B97F4A7C15
-    phase = seeds.number(blend.seed, "phase", epoch, lane)
+    own = _place(blend)
+    phase = seeds.number(blend.seed, "phase", own, epoch, lane)
     while True:
         now = done * blend.lanes + lane
         weights = [float(w(now)) if callable(w) else float(w) for w in blend.weights]
@@ -388,7 +417,7 @@ def _draws(blend: Blend, lane: int, done: int, epoch: int = 0) -> Iterator[int]:
                 f"the weights of a blend after {now} samples are {weights}; they must be 0 or "
                 "more, and one of them above 0"
             )
-        number = seeds.number(blend.seed, "draw", epoch, lane, done) if blend.random else phase
+        number = seeds.number(blend.seed, "draw", own, epoch, lane, done) if blend.random else phase
         at = (number + (0 if blend.random else done * golden)) % 2**64 / 2**64 * sum(weights)
         yield min(bisect_right(list(accumulate(weights)), at), len(weights) - 1)
         done += 1

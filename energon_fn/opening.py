@@ -142,7 +142,10 @@ def open_recipe(
 
     def leaf(samples: Samples, context: _Context) -> int:
         sources.append(_subset(samples, context).tagged(context.subflavors))
-        aux.append({name: open_store(url) for name, url in context.aux.items()})
+        try:
+            aux.append({name: open_store(url) for name, url in context.aux.items()})
+        except DatasetError as error:
+            raise DatasetError(f"{_at(context)}{error}") from error.__cause__
         return len(sources) - 1
 
     context = _Context(split_part, dataset_config, split_config, trust_dataset_code, make)

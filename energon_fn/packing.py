@@ -122,6 +122,8 @@ class Packer(Generic[T]):
     def __post_init__(self) -> None:
         if not all(_numbers(self.capacity, self.capacity)):
             raise ValueError(f"capacity is {self.capacity!r}; it must be more than 0")
+        if not callable(self.cost):
+            raise TypeError(f"cost is {self.cost!r}; it must be a function of a sample")
         if not callable(self.too_long) and self.too_long not in get_args(TooLong):
             raise ValueError(
                 f"too_long is {self.too_long!r}; it must be one of {', '.join(get_args(TooLong))}, "

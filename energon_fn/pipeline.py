@@ -85,7 +85,7 @@ class Dataset(Generic[T]):
         for them (:meth:`drawn`). A batch's ``__restore_key__`` is where it came from, see
         :meth:`restore_sample`.
         """
-        epoch = epoch if self._shuffles else 0
+        epoch = epoch if self.shuffles else 0
 
         def keys(state: State) -> Iterator[tuple[Key, State]]:
             return mixing.keys(self.order, lane, state or mixing.beginning(self.order, epoch))
@@ -144,7 +144,8 @@ class Dataset(Generic[T]):
     def _inside(self) -> list[list[int]]:
         """Which sources are in each leaf of the order."""
         leaves = [range(leaf.first, leaf.first + len(leaf)) for leaf in mixing.leaves(self.order)]
-        return [[n for n, start in enumerate(self.starts[:-1]) if start in at] for at in leaves]
+        full = [n for n, source in enumerate(self.sources) if len(source)]
+        return [[n for n in full if self.starts[n] in at] for at in leaves]
 
     def restore_sample(self, key: Any) -> Any:
         """The very sample or batch whose ``__restore_key__`` is ``key``, made again.
@@ -187,7 +188,10 @@ class Dataset(Generic[T]):
         def begin(key: Key) -> tuple[Key, Future[Any]]:
             return key, executor(self.threads, os.getpid()).submit(read, self, key)
 
-        return [partial(ahead, begin, depth=2 * self.threads)]
+        config = self.worker_config
+        lanes = -(-len(config.rank_lanes) // max(config.num_workers, 1))  # of this process
+        depth = max(2 * self.threads // lanes, 1)
+        return [partial(ahead, begin, depth=depth, leave=lambda begun: begun[1].cancel())]
 
     @property
     def repeats(self) -> bool:
@@ -195,7 +199,8 @@ class Dataset(Generic[T]):
         return isinstance(self.order, mixing.Blend) or self.order.repeat
 
     @property
-    def _shuffles(self) -> bool:
+    def shuffles(self) -> bool:
+        """Whether epochs differ. Without a shuffle every epoch is the first one."""
         return mixing.leaves(self.order)[0].shuffle
 
     @property
@@ -226,7 +231,7 @@ class Dataset(Generic[T]):
         """Batches of one iteration in that epoch: the ranks' shares go round with the epochs."""
         known = None
         if not (self.repeats or self._multiplies()):
-            known = self._count(epoch if self._shuffles else 0)
+            known = self._count(epoch if self.shuffles else 0)
         counts = [count for count in (self.length, known) if count is not None]
         if not counts:
             raise TypeError(
@@ -405,22 +410,25 @@ def load(
         dataset.sources,
         dataset.threads,
     )
-    makes = [guard(partial(source.make, decode=dataset.decoder), "decode") for source in sources]
     made: Any = None
 
     def taken(raw: dict[str, Any]) -> Any:
-        if isinstance(made, Exception):
+        if isinstance(made, Exception | SkipSample):
             raise made
         return made
 
-    if threads:
-        makes = [guard(taken, "decode")] * len(sources)
+    @cache
+    def make(n: int) -> Callable[[Any], Any]:
+        return guard(
+            taken if threads else partial(sources[n].make, decode=dataset.decoder), "decode"
+        )
+
     single, n, count = len(sources) == 1, 0, None
     for key in keys:
         if threads:
             key, future = key
         if count is None:  # here.where is the order's state after this key
-            count = max(sum(mixing.drawn(dataset.order, lane, here.where)) - 1, 0)
+            count = max(mixing.count(dataset.order, lane, here.where) - 1, 0)
         here.sample_index, here.order = count * lanes + lane, here.where
         count += 1
         here.stage, here.item = "load", key
@@ -435,7 +443,7 @@ def load(
             raw["__restore_key__"] = ("sample", epoch, key[1], 0)
         here.where, here.calls = key, 0
         try:
-            yield makes[n](raw)
+            yield make(n)(raw)
         except SkipSample:
             continue
 
@@ -448,7 +456,7 @@ def read(dataset: Dataset[Any], key: Key) -> tuple[dict[str, Any], Any]:
     raw["__restore_key__"] = ("sample", *key, 0)
     try:
         return raw, source.make(raw, dataset.decoder)
-    except Exception as error:
+    except (Exception, SkipSample) as error:
         return raw, error
 
 

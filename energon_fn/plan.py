@@ -13,8 +13,10 @@ so the lanes taken in turn give the dataset's own order.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -26,7 +28,7 @@ Key = tuple[int, int]
 State = tuple[int, int]
 Ints = npt.NDArray[np.int64]
 
-CHUNK = 4096  # keys computed at a time where no window says otherwise
+CHUNK = 512  # keys computed at a time where no window says otherwise
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,16 @@ class Plan:
     first: int = 0
 
     def __len__(self) -> int:
+        return self._size
+
+    @cached_property
+    def _size(self) -> int:
         return sum(self.runs)
 
     @property
     def total(self) -> int:
         """Samples of an epoch of the order: of ``span`` rounds through the dataset."""
-        return len(self) * ((self.shuffle and self.span) or 1)
+        return self._size * ((self.shuffle and self.span) or 1)
 
 
 def keys(plan: Plan, lane: int, state: State | None = None) -> Iterator[tuple[Key, State]]:
@@ -79,11 +85,12 @@ def keys(plan: Plan, lane: int, state: State | None = None) -> Iterator[tuple[Ke
         sequences = _sequences(plan, epoch) if plan.shuffle else None
         while done < lane_size(plan, epoch, lane):
             chunk, skip = _chunk(plan, epoch, lane, done, sequences)
-            rounds, indices = np.divmod(chunk[skip:], size)
-            rounds, indices = rounds + epoch * span, indices + first
-            for key in zip(rounds.tolist(), indices.tolist(), strict=True):
-                done += 1
-                yield key, (epoch, done)
+            for low in range(skip, len(chunk), 64):  # few at a time: many lanes wait at once
+                rounds, indices = np.divmod(chunk[low : low + 64], size)
+                rounds, indices = rounds + epoch * span, indices + first
+                for key in zip(rounds.tolist(), indices.tolist(), strict=True):
+                    done += 1
+                    yield key, (epoch, done)
         if not plan.repeat or not size:
             return
         epoch, done = epoch + 1, 0
@@ -131,7 +138,12 @@ def lane_count(plan: Plan, lane: int, count: int) -> int:
     """
     epochs, part = divmod(count, plan.total)
     whole, rest = divmod(epochs, plan.lanes)
-    before = whole * plan.total + sum(lane_size(plan, epoch, lane) for epoch in range(rest))
+    each, larger = divmod(plan.total, plan.lanes)
+
+    def turns(until: int) -> int:  # how many of them have one sample more
+        return until // plan.lanes * larger + min(until % plan.lanes, larger)
+
+    before = whole * plan.total + rest * each + turns(lane + rest) - turns(lane)
     return before + _lane_part(plan, epochs, lane, part)
 
 
@@ -201,6 +213,7 @@ def _visit(plan: Plan, epoch: int, lane: int, places: Ints, sequences: Ints | No
 
 # Lanes of one process that are in the same epoch share its sequences, as long as one needs them.
 _in_use: WeakValueDictionary[tuple[Plan, int], Ints] = WeakValueDictionary()
+_last: deque[Ints] = deque(maxlen=4)  # many short streams ask for the same ones, on a resume
 
 
 def _sequences(plan: Plan, epoch: int) -> Ints:
@@ -219,4 +232,5 @@ def _sequences(plan: Plan, epoch: int) -> Ints:
         order = seeds.permutation(len(size), plan.seed, plan.first, "sequences", epoch)
     stops = (first + nth * cut + size)[order]
     found = _in_use[plan, epoch] = np.stack([stops, np.cumsum(size[order])])
+    _last.append(found)
     return found

@@ -188,12 +188,18 @@ def holding(
     return stream
 
 
-def ahead(begin: Callable[[T], U], upstream: Stream[T], *, depth: int) -> Stream[U]:
+def ahead(
+    begin: Callable[[T], U],
+    upstream: Stream[T],
+    *,
+    depth: int,
+    leave: Callable[[U], object] = lambda begun: None,
+) -> Stream[U]:
     """Begin something for each item up to ``depth`` items before it is asked for: a read, say.
 
     What was begun comes out in the items' order, each with the state that its item has, so nothing
     of the reading ahead is seen in states. The way ahead grows with every item, so that asking for
-    one item begins one.
+    one item begins one. ``leave`` is called with what was begun and will not be asked for.
 
     >>> begun = []
     >>> def numbers(state):
@@ -206,13 +212,17 @@ def ahead(begin: Callable[[T], U], upstream: Stream[T], *, depth: int) -> Stream
     def stream(state: State = None) -> Iterator[tuple[U, State]]:
         begun: deque[tuple[U, State]] = deque()
         far = 0
-        for item, after in upstream(state):
-            begun.append((begin(item), after))
-            if len(begun) > far:
+        try:
+            for item, after in upstream(state):
+                begun.append((begin(item), after))
+                if len(begun) > far:
+                    yield begun.popleft()
+                    far = min(far + 1, depth)
+            while begun:
                 yield begun.popleft()
-                far = min(far + 1, depth)
-        while begun:
-            yield begun.popleft()
+        finally:
+            for early, _ in begun:
+                leave(early)
 
     return stream
 

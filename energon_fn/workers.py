@@ -25,6 +25,7 @@ from multiprocessing.process import BaseProcess
 from socket import socket, socketpair
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from energon_fn import position, seeds, wire
@@ -125,7 +126,9 @@ class Pool:
         self._workers = [_start(streams, options) for _ in range(count)]
         self._restarts = options.restarts
         self._run = 0
-        self.close: Callable[[], Any] = weakref.finalize(self, _end, self._workers, after)
+        self.close: Callable[[], Any] = weakref.finalize(
+            self, _end, self._workers, after, os.getpid()
+        )
         """End the workers; this also happens when the pool, or the process, goes."""
 
     def start(self, epoch: int, lanes: dict[int, State]) -> None:
@@ -182,8 +185,11 @@ class Pool:
 
     def _command(self, number: int) -> None:
         lanes = {lane: s for lane, s in self._lanes.items() if self._worker_of[lane] == number}
+        # As an array, large states go through shared memory: the worker may be waiting for this
+        # side to receive, and not read what does not fit into the socket.
+        command = np.frombuffer(pickle.dumps((self._run, self._epoch, lanes)), np.uint8)
         with contextlib.suppress(ConnectionError):  # then receiving will fail, and restart it
-            wire.send(self._workers[number].work, (self._run, self._epoch, lanes))
+            wire.Lender().send(self._workers[number].work, *wire.dumps(command))
 
     def _restart(self, number: int) -> None:
         process = self._workers[number].process
@@ -224,7 +230,9 @@ def _start(streams: Streams, options: PoolOptions) -> Worker:
     return Worker(process, work, questions, wire.Borrower())
 
 
-def _end(workers: list[Worker], after: Callable[[], object]) -> None:
+def _end(workers: list[Worker], after: Callable[[], object], process: int) -> None:
+    if os.getpid() != process:  # a fork of the training process: they are not its workers
+        return
     _stop(workers)
     after()
 
@@ -282,27 +290,36 @@ def _work(connection: socket, questions: socket, streams: Streams, prefetch: int
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, ConnectionError):
-        lender, command = wire.Lender(), wire.receive(connection)
+        ends, ahead = Ends(connection, wire.Lender(), wire.Borrower()), 0
+        command = ends.borrower.receive(connection)
         while True:
-            command = _carry_out(connection, lender, prefetch, streams, *command)
+            run, epoch, lanes = pickle.loads(command)
+            turns = deliveries(streams, epoch, lanes)
+            ahead, command = _carry_out(ends, prefetch, ahead, run, turns)
+
+
+class Ends(NamedTuple):
+    """A worker's side of its connection for work."""
+
+    connection: socket
+    lender: wire.Lender
+    borrower: wire.Borrower
 
 
 def _carry_out(
-    connection: socket,
-    lender: wire.Lender,
-    prefetch: int,
-    streams: Streams,
-    run: int,
-    epoch: int,
-    lanes: dict[int, State],
-) -> Any:
-    """Send all that comes of a command; give back the next one, which may come before that."""
-    turns, ahead = deliveries(streams, epoch, lanes), 0
+    ends: Ends, prefetch: int, ahead: int, run: int, turns: Iterator[Delivery]
+) -> tuple[int, Any]:
+    """Send all that comes of a command.
+
+    Gives back how many messages are not answered yet, and the next command, which may come before
+    all is sent.
+    """
+    connection, lender, borrower = ends
     while message := _next_message(turns):
         while ahead >= prefetch:
-            command = wire.receive(connection)
+            command = borrower.receive(connection)
             if not isinstance(command, list):
-                return command
+                return ahead, command
             lender.take_back(command)
             ahead -= 1
         try:
@@ -315,9 +332,10 @@ def _carry_out(
             )))  # fmt: skip
         lender.send(connection, *data)
         ahead += 1
-    while isinstance(command := wire.receive(connection), list):
+    while isinstance(command := borrower.receive(connection), list):
         lender.take_back(command)
-    return command
+        ahead -= 1
+    return ahead, command
 
 
 def _next_message(turns: Iterator[Delivery]) -> Delivery | Exception | None:

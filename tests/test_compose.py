@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ from energon_fn import (
     subset,
     using,
 )
-from energon_fn.mixing import leaves
+from energon_fn.mixing import Blend, beginning, keys, leaves
+from energon_fn.plan import Plan
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +278,42 @@ def test_wrong_amounts_and_empty_recipes() -> None:
         join(["a", "b"], dict, nonmatch="ignore")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="nonmatch has 2"):
         join(["a", "b"], dict, nonmatch={2: "skip"})
+
+
+@pytest.mark.parametrize("wrong", [{"a": 1}, [("a", "3")], [(3, "a")], [("a", 1, 2)], ["ab"], "ab"])
+def test_pairs_that_are_none_are_shown_with_the_form(wrong: Any) -> None:
+    for make, amount in ((blend, "weight"), (blend_epochized, "repetitions")):
+        form = re.escape(f"{make.__name__}([(dataset, {amount}), ...])")
+        with pytest.raises(TypeError, match=form):
+            make(wrong)
+
+
+def test_sibling_blends_draw_independently() -> None:
+    pair = [Plan((9,), shuffle=True, repeat=True, first=9 * n) for n in range(4)]
+    half = (Fraction(1), Fraction(1))
+    inner = [Blend((pair[2 * n], pair[2 * n + 1]), half, 1, 0, random=True) for n in range(2)]
+    both = Blend(tuple(inner), half, 1, 0)
+    drawn: list[list[int]] = [[], []]
+    for (_, index), _ in itertools.islice(keys(both, 0), 600):
+        drawn[index // 18].append(index % 18 // 9)
+    agreeing = sum(a == b for a, b in zip(*drawn, strict=True))
+    assert 100 < agreeing < 200
+
+
+def test_weights_may_have_any_denominators(sources: dict[str, Source]) -> None:
+    many = blend([(sources["a"], Fraction(1, n)) for n in range(1, 900)])
+    assert len(words(loader(many), 40)) == 80
+
+
+def test_an_epoch_deep_inside_of_blends_begins() -> None:
+    order: Any = Plan((9,), shuffle=True, repeat=True)
+    for _ in range(4):
+        order = Blend((order,), (Fraction(1),), 1, 0)
+    first, second = (
+        [key for key, _ in itertools.islice(keys(order, 0, beginning(order, epoch)), 20)]
+        for epoch in (0, 1)
+    )
+    assert not {*first} & {*second}
 
 
 def test_a_state_of_another_blend_is_refused(sources: dict[str, Source]) -> None:

@@ -3,8 +3,10 @@
 import dataclasses
 import itertools
 import logging
+import multiprocessing
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -567,6 +569,51 @@ def test_an_iteration_that_is_left_leaves_no_work_to_threads(folder: Path) -> No
     for _ in get_loader(dataset, threads=2):
         break
     assert len(read) <= 2 + 4  # the batch, and twice the threads ahead of it
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_decoder_may_skip_samples(folder: Path, threads: int) -> None:
+    def choosing(raw: dict[str, Any]) -> dict[str, Any]:
+        if int(raw["__key__"]) % 3:
+            raise SkipSample
+        return {**raw, "json": {"n": int(raw["__key__"])}}
+
+    dataset = get_val_dataset(
+        folder,
+        batch_size=2,
+        split_part="train",
+        task_encoder=Numbers(),
+        worker_config=ONE,
+        decoder=choosing,
+    )
+    found = [n for batch in get_loader(dataset, threads=threads) for n in batch]
+    assert found == list(range(0, 41, 3))
+
+
+def test_workers_read_no_further_ahead_with_every_epoch(folder: Path) -> None:
+    made = multiprocessing.get_context("fork").Value("i", 0)
+
+    class Counting(Numbers):
+        def batch(self, samples: list[int]) -> list[int]:
+            with made.get_lock():
+                made.value += 1
+            return samples
+
+    one = WorkerConfig(rank=0, world_size=1, num_workers=1)
+    dataset = get_val_dataset(
+        folder,
+        batch_size=2,
+        limit=1,
+        split_part="train",
+        task_encoder=Counting(),
+        worker_config=one,
+    )
+    with get_loader(dataset, multiprocessing_context="fork") as loader:
+        for _ in range(10):
+            for _ in loader:
+                pass
+        time.sleep(0.3)
+    assert made.value <= 10 * 4
 
 
 @pytest.mark.parametrize("threads", [-1, 1.5, "two"])

@@ -239,7 +239,14 @@ def open_joined(
         joiner = _resolved(joiner, parts, names, trust_dataset_code)
     state = f"{number(_VERSION, nonmatch[1:], [(p.identity, _stamp(p)) for p in parts]):016x}"
     table = _kept(index, parts[0].path, state, lambda: _matches(parts, nonmatch))
-    return Joined(parts, names, nonmatch, joiner, table, 0, len(_open_table(table)))
+    rows = len(_open_table(table))
+    if not rows and all(map(len, parts)):
+        logger.warning(
+            "the join of %s has no samples: no key is in all of them. Their first keys are %s",
+            " and ".join(part.path for part in parts),
+            ", ".join(repr(part.key(0)) for part in parts),
+        )
+    return Joined(parts, names, nonmatch, joiner, table, 0, rows)
 
 
 # ------------------------------------------------------------------------------------- the table
