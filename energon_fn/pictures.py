@@ -241,10 +241,12 @@ def picture_decoder(
             except (ValueError, RuntimeError):
                 pass  # Pillow reads it, or says what is wrong with it
         picture.load()  # here, and not inside NumPy, what is broken comes to light
-        # convert() copies even when the mode is right already, which only PIL results need: it
-        # makes a plain image that holds no file and pickles small.
-        if picture.mode != mode or make is _same:
+        if picture.mode != mode:
             picture = picture.convert(mode)
+        elif make is _same:
+            # A plain image, which holds no file and pickles small, on the same pixels: convert()
+            # would copy them, which takes half as long again as decoding a large photo.
+            picture = picture._new(picture.im)
         return make(picture)
 
     return decode
