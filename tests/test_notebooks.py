@@ -63,7 +63,7 @@ def texts(cell: Any) -> list[str]:
 
 
 def promises_picture(cell: Any) -> bool:
-    return bool(re.search(r"sheet|Image\.fromarray", cell.source.splitlines()[-1]))
+    return bool(re.search(r"sheet|Image\.fromarray|plt\.show", cell.source.splitlines()[-1]))
 
 
 def tidy(notebook: Any) -> None:
