@@ -32,8 +32,8 @@ from energon_fn.disk.source import Samples
 from energon_fn.errors import DatasetError
 from energon_fn.loader import Loader
 from energon_fn.metadataset import is_metadataset
-from energon_fn.opening import Mixed, Tree, open_recipe
-from energon_fn.outline import outline, prepare_metadataset
+from energon_fn.opening import Mixed, Tree, open_recipe, prepare_metadataset
+from energon_fn.outline import outline
 from energon_fn.pipeline import Dataset
 from energon_fn.stores import FileStore
 

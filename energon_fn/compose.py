@@ -112,6 +112,23 @@ def using(
     return Using(inner, split_part, dataset_config, split_config, subflavors or {}, aux or {})
 
 
+def within(outer: Using, inner: Using) -> Using:
+    """What is said inside of both: the inner one's own, and of the outer one what that leaves open.
+
+    >>> within(using("a", split_part="val", subflavors={"x": 1}), using("b", subflavors={"y": 2}))
+    Using(inner='b', split_part='val', ..., subflavors={'x': 1, 'y': 2}, aux={}, where='')
+    """
+    return Using(
+        inner.inner,
+        split_part=inner.split_part or outer.split_part,
+        dataset_config=inner.dataset_config or outer.dataset_config,
+        split_config=inner.split_config or outer.split_config,
+        subflavors={**outer.subflavors, **inner.subflavors},
+        aux={**outer.aux, **inner.aux},
+        where=inner.where or outer.where,
+    )
+
+
 def blend(parts: Iterable[tuple[Recipe, Weight]], *, random: bool = False) -> Blend:
     """Draw from several datasets for ever, each as often as its weight says.
 

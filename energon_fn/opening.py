@@ -1,12 +1,15 @@
-"""From a recipe to opened datasets and the tree that says how they are mixed."""
+"""From a recipe to opened datasets, the tree that says how they are mixed, and joins' indexes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import TypeAlias, cast
 
 from energon_fn.compose import (
     Blend,
@@ -20,12 +23,14 @@ from energon_fn.compose import (
     Weight,
     share,
 )
-from energon_fn.disk.joined import open_joined
+from energon_fn.disk import files
+from energon_fn.disk.joined import Joined, open_joined
 from energon_fn.disk.jsonl import is_jsonl, open_jsonl
 from energon_fn.disk.metadata import DATASET_YAML, SPLIT_YAML
 from energon_fn.disk.source import Samples, open_source
 from energon_fn.errors import DatasetError
-from energon_fn.metadataset import is_metadataset, read_metadataset
+from energon_fn.metadataset import splits_of
+from energon_fn.outline import Node, outline
 from energon_fn.stores import FileStore, open_store
 
 
@@ -53,23 +58,6 @@ class Opened:
     tree: Tree
 
 
-@dataclass(frozen=True)
-class _Context:
-    """What has been said further outside."""
-
-    split_part: str
-    dataset_config: str
-    split_config: str
-    trust: bool
-    make: bool
-    subflavors: Mapping[str, Any] = field(default_factory=dict)
-    aux: Mapping[str, str] = field(default_factory=dict)
-    subsets: tuple[tuple[Bound, Bound], ...] = ()
-    files: tuple[str, ...] = ()
-    """The metadatasets that are being read."""
-    where: str = ""
-
-
 def open_recipe(
     recipe: Recipe,
     split_part: str = "train",
@@ -90,171 +78,207 @@ def open_recipe(
         ...
     energon_fn.errors.DatasetError: no shard matches '/no/such/folder'...
     """
+    said = Using(recipe, split_part, dataset_config, split_config)
+    return _open(outline(said), trust_dataset_code, make)
+
+
+def _open(node: Node, trust: bool, make: bool) -> Opened:
     sources: list[Samples] = []
     aux: list[Mapping[str, FileStore]] = []
 
-    def opened(recipe: Recipe, context: _Context) -> Tree:
-        match recipe:
-            case Using():
-                return opened(recipe.inner, _within(context, recipe))
-            case Subset():
-                subsets = (*context.subsets, (recipe.start, recipe.stop))
-                return opened(recipe.inner, replace(context, subsets=subsets))
-            case Blend():
-                parts, amounts = zip(*recipe.parts, strict=True)
-                return several("blend", parts, context, amounts, recipe.random)
-            case Epochized():
-                parts, amounts = zip(*recipe.parts, strict=True)
-                return several("blend_epochized", parts, context, amounts)
+    def opened(node: Node, around: tuple[Subset, ...]) -> Tree:
+        around = (*around, *(one for one in node.own if isinstance(one, Subset)))
+        match node.recipe:
+            case Blend(pairs, random):
+                return several("blend", node, around, [weight for _, weight in pairs], random)
+            case Epochized(pairs):
+                return several("blend_epochized", node, around, [times for _, times in pairs])
             case Concat():
-                return several("concat", recipe.parts, context)
-            case Join():
-                return leaf(_join(recipe, context), replace(context, subflavors={}))
-            case str() | os.PathLike():
-                path = os.path.abspath(recipe) if _is_local(recipe) else os.fspath(recipe)
-                if path.endswith((".yaml", ".yml")) and not os.path.exists(path):
-                    raise DatasetError(f"{_at(context)}{path} does not exist: check the path")
-                if is_metadataset(path):
-                    if path in context.files:
-                        chain = " -> ".join([*context.files, path])
-                        raise DatasetError(f"a metadataset leads to itself: {chain}")
-                    inside = replace(context, files=(*context.files, path))
-                    return opened(read_metadataset(path, context.split_part), inside)
-                return leaf(_open_path(path, context), context)
-            case _ if hasattr(recipe, "load"):
-                return leaf(recipe, context)
-            case _:
-                raise TypeError(
-                    f"path is {recipe!r}; it must be one string or pathlib.Path: a folder, a file, "
-                    "or a pattern of files; or a recipe: blend([(path, weight), ...]), say"
-                )
-
-    def several(
-        how: str, parts: Any, context: _Context, amounts: Any = (), random: bool = False
-    ) -> Tree:
-        for start, stop in context.subsets:
-            if isinstance(start, int) or isinstance(stop, int):
-                raise DatasetError(
-                    f"{_at(context)}the subset from {start} to {stop} is around a {how} of several "
-                    "datasets: give percentages, or a subset to each of them"
-                )
-        return Mixed(how, tuple(opened(part, context) for part in parts), amounts, random)
-
-    def leaf(samples: Samples, context: _Context) -> int:
-        sources.append(_subset(samples, context).tagged(context.subflavors))
-        try:
-            aux.append({name: open_store(url) for name, url in context.aux.items()})
-        except DatasetError as error:
-            raise DatasetError(f"{_at(context)}{error}") from error.__cause__
+                return several("concat", node, around)
+        parts = [_single(part, trust, make) for part in node.inside]  # of a join
+        with _told(node.said):
+            samples = _samples(node, parts, trust, make)
+            sources.append(_cut(samples, around))
+            aux.append({name: open_store(url) for name, url in node.said.aux.items()})
         return len(sources) - 1
 
-    context = _Context(split_part, dataset_config, split_config, trust_dataset_code, make)
-    tree = opened(recipe, context)
+    def several(
+        how: str,
+        node: Node,
+        around: tuple[Subset, ...],
+        amounts: Sequence[Weight | Fraction] = (),
+        random: bool = False,
+    ) -> Mixed:
+        for one in around:
+            if isinstance(one.start, int) or isinstance(one.stop, int):
+                with _told(node.said):
+                    raise DatasetError(
+                        f"the subset from {one.start} to {one.stop} is around a {how} of several "
+                        "datasets: give percentages, or a subset to each of them"
+                    )
+        parts = tuple(opened(part, around) for part in node.inside)
+        return Mixed(how, parts, tuple(amounts), random)
+
+    tree = opened(node, ())
     return Opened(tuple(sources), tuple(aux), tree)
 
 
-def _within(context: _Context, using: Using) -> _Context:
-    return replace(
-        context,
-        split_part=using.split_part or context.split_part,
-        dataset_config=using.dataset_config or context.dataset_config,
-        split_config=using.split_config or context.split_config,
-        subflavors={**context.subflavors, **using.subflavors},
-        aux={**context.aux, **using.aux},
-        where=using.where or context.where,
+def _samples(node: Node, parts: Sequence[Samples], trust: bool, make: bool) -> Samples:
+    """The samples of a single dataset, or of a join of parts, with their subflavors."""
+    said, recipe = node.said, node.recipe
+    split_part, dataset_config, split_config = (
+        said.split_part or "train",
+        said.dataset_config or DATASET_YAML,
+        said.split_config or SPLIT_YAML,
     )
-
-
-def _open_path(path: str, context: _Context) -> Samples:
-    try:
-        if is_jsonl(path):
-            if (context.dataset_config, context.split_config) != (DATASET_YAML, SPLIT_YAML):
-                raise DatasetError(
-                    f"{path}: a file of JSON lines has neither dataset_config nor split_config: "
-                    "leave them out"
-                )
-            return open_jsonl(path, context.split_part)
-        return open_source(
-            path,
-            context.split_part,
-            dataset_config=context.dataset_config,
-            split_config=context.split_config,
-            trust_dataset_code=context.trust,
-            make=context.make,
-        )
-    except DatasetError as error:
-        raise DatasetError(f"{_at(context)}{error}") from error.__cause__
-
-
-def _join(join: Join, context: _Context) -> Samples:
-    parts = []
-    for part in join.parts:
-        # A subset around a join is one of its matches.
-        inner = open_recipe(
-            Using(part, subflavors=context.subflavors, where=context.where),
-            context.split_part,
-            dataset_config=context.dataset_config,
-            split_config=context.split_config,
-            trust_dataset_code=context.trust,
-            make=context.make,
-        )
-        if len(inner.sources) != 1:
-            raise DatasetError(
-                f"{_at(context)}a part of a join leads to {len(inner.sources)} datasets that are "
-                "mixed: join single datasets, and blend the joins"
-            )
-        parts.append(inner.sources[0])
-    try:
+    if isinstance(recipe, Join):
         return open_joined(
             parts,
-            join.nonmatch,
-            join.joiner,
-            join.names,
-            join.index,
-            trust_dataset_code=context.trust,
-            make=context.make,
+            recipe.nonmatch,
+            recipe.joiner,
+            recipe.names,
+            recipe.index,
+            trust_dataset_code=trust,
+            make=make,
         )
-    except DatasetError as error:
-        raise DatasetError(f"{_at(context)}{error}") from error.__cause__
+    if not isinstance(recipe, str | os.PathLike):
+        return cast(Samples, recipe).tagged(said.subflavors)
+    path = os.fspath(recipe)
+    path = path if "://" in path else os.path.abspath(path)
+    if not is_jsonl(path):
+        return open_source(
+            path,
+            split_part,
+            dataset_config=dataset_config,
+            split_config=split_config,
+            trust_dataset_code=trust,
+            make=make,
+        ).tagged(said.subflavors)
+    if (dataset_config, split_config) != (DATASET_YAML, SPLIT_YAML):
+        raise DatasetError(
+            f"{path}: a file of JSON lines has neither dataset_config nor split_config: leave them "
+            "out"
+        )
+    return open_jsonl(path, split_part, said.subflavors)
 
 
-def _subset(samples: Samples, context: _Context) -> Samples:
+def _single(part: Node, trust: bool, make: bool) -> Samples:
+    """A part of a join; what is said of the join is said of its parts."""
+    opened = _open(part, trust, make)
+    with _told(part.said):
+        if len(opened.sources) != 1:
+            raise DatasetError(
+                f"a part of a join leads to {len(opened.sources)} datasets that are mixed: join "
+                "single datasets, and blend the joins"
+            )
+    return opened.sources[0]
+
+
+def _cut(samples: Samples, around: Sequence[Subset]) -> Samples:
     """The samples that are left by all subsets around them, the innermost first."""
-    absolute = [pair for pair in context.subsets if any(isinstance(b, int) for b in pair)]
+    absolute = [one for one in around if isinstance(one.start, int) or isinstance(one.stop, int)]
     if len(absolute) > 1:
         raise DatasetError(
-            f"{_at(context)}{samples.path} is within two subsets by numbers of samples, "
-            f"{' and '.join(map(str, absolute))}: make one of them percentages"
+            f"{samples.path} is within two subsets by numbers of samples, "
+            f"{' and '.join(f'({one.start}, {one.stop})' for one in absolute)}: make one of them "
+            "percentages"
         )
-    if not context.subsets:
+    if not around:
         return samples
-    # Shares multiply and are rounded once, in floating point, as megatron-energon does.
-    low, high, size = 0.0, 1.0, len(samples)
+    size = len(samples)
+
+    def place(bound: Bound) -> int:
+        return bound if isinstance(bound, int) else int(share(bound) * size)
+
     first, last = 0, size
-    for start, stop in reversed(context.subsets):
-        if isinstance(start, int) or isinstance(stop, int):
-            first = int(start) if isinstance(start, int) else int(share(start) * size)
-            last = (
-                size
-                if stop == "end"
-                else stop
-                if isinstance(stop, int)
-                else int(share(stop) * size)
+    for one in absolute:
+        first, last = place(one.start), place(one.stop)
+        if not first <= last <= size:
+            raise DatasetError(
+                f"the subset from {one.start} to {one.stop} is not within {samples.path}, which "
+                f"has {size} samples: 'end' stands for its end"
             )
-            if not first <= last <= size:
-                raise DatasetError(
-                    f"{_at(context)}the subset from {start} to {stop} is not within "
-                    f"{samples.path}, which has {size} samples: 'end' stands for its end"
-                )
-        else:
-            low, high = low + share(start) * (high - low), low + share(stop) * (high - low)
+    # Shares multiply and are rounded once, in floating point, as megatron-energon does.
+    low, high = 0.0, 1.0
+    for one in reversed(around):
+        if isinstance(one.start, str) and isinstance(one.stop, str):
+            low, high = low + share(one.start) * (high - low), low + share(one.stop) * (high - low)
     within = last - first
     return samples.cut(first + int(low * within), first + int(high * within))
 
 
-def _is_local(path: str | os.PathLike[str]) -> bool:
-    return "://" not in os.fspath(path)
+@contextmanager
+def _told(said: Using) -> Iterator[None]:
+    """Put in front of what is wrong where it was written."""
+    try:
+        yield
+    except DatasetError as error:
+        if not said.where:
+            raise
+        raise DatasetError(f"{said.where}: {error}") from error.__cause__
 
 
-def _at(context: _Context) -> str:
-    return f"{context.where}: " if context.where else ""
+# ----------------------------------------------------------------------------- the joins' indexes
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What :func:`prepare_metadataset` found and did."""
+
+    splits: Mapping[str, Opened]
+    """The datasets of each split, which can be counted; samples cannot be made of them."""
+    made: tuple[str, ...]
+    """The files with indexes of joins that were made now ..."""
+    kept: tuple[str, ...]
+    """... and those that were there ..."""
+    removed: tuple[str, ...]
+    """... and those beside the metadataset that it no longer uses."""
+
+
+def prepare_metadataset(path: str | os.PathLike[str], *, anew: bool = False) -> Prepared:
+    """Make the index of each join in a metadataset, and remove those that are out of date.
+
+    An index says which samples are joined. It needs neither the joiner nor other code, and is made
+    when a join is first opened, at the latest; here, before many processes do that at once.
+
+    anew: make those again that are there, too.
+
+    Raises :class:`~energon_fn.DatasetError` for what does not exist or does not fit together.
+    """
+    path, splits = os.path.abspath(path), splits_of(path)
+    removed = _remove(path, ()) if anew else ()
+    joins = [node.recipe for split in splits for node in outline(path, split)]
+    folders = {Path(one.index).parent for one in joins if isinstance(one, Join) and one.index}
+    before = {table for folder in {*folders, files.cache_folder()} for table in _tables(folder)}
+    opened = {split: open_recipe(path, split, make=False) for split in splits}
+    used = dict.fromkeys(
+        join.table for one in opened.values() for source in one.sources for join in _joins(source)
+    )
+    return Prepared(
+        opened,
+        tuple(table for table in used if table not in before),
+        tuple(table for table in used if table in before),
+        tuple(table for table in (*removed, *_remove(path, used)) if table not in used),
+    )
+
+
+def _joins(samples: Samples) -> Iterator[Joined]:
+    if isinstance(samples, Joined):
+        yield samples
+        for part in samples.parts:
+            yield from _joins(part)
+
+
+def _tables(folder: Path) -> list[str]:
+    return [str(table) for table in folder.glob("*.npy")]
+
+
+def _remove(path: str, used: Iterable[str]) -> tuple[str, ...]:
+    """Remove the indexes beside a metadataset, but for the used ones; other files are not ours."""
+    removed = []
+    for table in sorted({*_tables(Path(f"{path}.cache"))}.difference(used)):
+        if re.search(r"-[0-9a-f]{16}\.npy$", table):
+            with suppress(OSError):
+                os.unlink(table)
+                removed.append(table)
+    return tuple(removed)

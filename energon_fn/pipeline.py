@@ -6,14 +6,14 @@ knows stages only, or only streams.
 
 from __future__ import annotations
 
+import itertools
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from inspect import isgeneratorfunction
-from itertools import accumulate, islice
 from typing import Any, Generic, TypeVar
 
 from toolz import pipe
@@ -69,7 +69,7 @@ class Dataset(Generic[T]):
     @cached_property
     def starts(self) -> list[int]:
         """The index of each source's first sample and, last, the number of samples."""
-        return [0, *accumulate(map(len, self.sources))]
+        return [0, *itertools.accumulate(map(len, self.sources))]
 
     def place(self, index: int) -> tuple[int, int]:
         """Which source the ``index``-th sample is in, and which of its samples it is."""
@@ -135,10 +135,10 @@ class Dataset(Generic[T]):
         ]
         named: dict[str, int] = {}
         for inside, *of_lanes in zip(self._inside(), *counts, strict=True):
-            name = " + ".join(self.sources[n].path for n in inside)
-            while name in named:  # the same folder again, for another part of it, say
-                name += "'"
-            named[name] = sum(of_lanes)
+            path = " + ".join(self.sources[n].path for n in inside)
+            # The same folder may be there again, for another part of it, say.
+            names = (f"{path} ({n})" if n > 1 else path for n in itertools.count(1))
+            named[next(name for name in names if name not in named)] = sum(of_lanes)
         return named
 
     def _inside(self) -> list[list[int]]:
@@ -162,12 +162,9 @@ class Dataset(Generic[T]):
                 case ("sample", int() as epoch, int() as index, int() as number) if (
                     0 <= index < self.starts[-1]
                 ):
-                    one = pipe(
-                        lambda state: iter([((epoch, index), None)]),
-                        *self._reading,
-                        lifts(self, 0, 0)[0],
-                    )
-                    items = islice(one(None), number, None)
+                    make = lifts(replace(self, threads=0), 0, 0)[0]
+                    one = make(lambda state: iter([((epoch, index), None)]))
+                    items = itertools.islice(one(None), number, None)
                 case _:
                     items = iter(())
             for item, _ in items:
@@ -404,12 +401,7 @@ def load(
 
     keys: or, where threads read ahead, pairs of a key and the future of what :func:`read` gives.
     """
-    here, lanes, sources, threads = (
-        position.here,
-        dataset.order.lanes,
-        dataset.sources,
-        dataset.threads,
-    )
+    here, lanes, threads = position.here, dataset.order.lanes, dataset.threads
     made: Any = None
 
     def taken(raw: dict[str, Any]) -> Any:
@@ -419,11 +411,10 @@ def load(
 
     @cache
     def make(n: int) -> Callable[[Any], Any]:
-        return guard(
-            taken if threads else partial(sources[n].make, decode=dataset.decoder), "decode"
-        )
+        of_source = partial(dataset.sources[n].make, decode=dataset.decoder)
+        return guard(taken if threads else of_source, "decode")
 
-    single, n, count = len(sources) == 1, 0, None
+    count = None
     for key in keys:
         if threads:
             key, future = key
@@ -433,14 +424,10 @@ def load(
         count += 1
         here.stage, here.item = "load", key
         here.steps += 1
-        epoch, index = key
         if threads:
-            raw, made = future.result()
+            n, raw, made = future.result()
         else:
-            if not single:
-                n, index = dataset.place(index)
-            raw = sources[n].load(index)
-            raw["__restore_key__"] = ("sample", epoch, key[1], 0)
+            n, raw = raw_sample(dataset, key)
         here.where, here.calls = key, 0
         try:
             yield make(n)(raw)
@@ -448,16 +435,21 @@ def load(
             continue
 
 
-def read(dataset: Dataset[Any], key: Key) -> tuple[dict[str, Any], Any]:
-    """The raw sample of a key, and the sample made of it or why it could not be: for a thread."""
+def raw_sample(dataset: Dataset[Any], key: Key) -> tuple[int, dict[str, Any]]:
+    """The number of the source, and the raw sample, of a key."""
     n, index = dataset.place(key[1])
-    source = dataset.sources[n]
-    raw = source.load(index)
+    raw = dataset.sources[n].load(index)
     raw["__restore_key__"] = ("sample", *key, 0)
+    return n, raw
+
+
+def read(dataset: Dataset[Any], key: Key) -> tuple[int, dict[str, Any], Any]:
+    """:func:`raw_sample`, and the sample made of it or why it could not be: for a thread."""
+    n, raw = raw_sample(dataset, key)
     try:
-        return raw, source.make(raw, dataset.decoder)
+        return n, raw, dataset.sources[n].make(raw, dataset.decoder)
     except (Exception, SkipSample) as error:
-        return raw, error
+        return n, raw, error
 
 
 @cache

@@ -232,6 +232,36 @@ def test_subsets_that_cannot_be_are_refused(sources: dict[str, Source]) -> None:
         subset("50%", "50%")
 
 
+@pytest.mark.parametrize("block", ["path: m.yaml", "join: [{path: a}, {path: m.yaml}]"])
+def test_a_metadataset_that_leads_to_itself_is_told(tmp_path: Path, block: str) -> None:
+    header = "__module__: megatron.energon\n__class__: MetadatasetV2\n"
+    path = tmp_path / "m.yaml"
+    joiner = "    joiner: {__module__: megatron.energon, __class__: TextSample}\n" * (
+        "join" in block
+    )
+    path.write_text(f"{header}splits:\n  train:\n    {block}\n{joiner}")
+    with pytest.raises(DatasetError, match=f"leads to itself: {path} -> {path}"):
+        loader(path)
+
+
+def test_what_is_wrong_is_told_with_its_line_once(tmp_path: Path) -> None:
+    shards(tmp_path / "a", (3,))
+    header = "__module__: megatron.energon\n__class__: MetadatasetV2\n"
+    joiner = "joiner: {__module__: megatron.energon, __class__: TextSample}"
+    path = tmp_path / "m.yaml"
+    for block in (
+        "join: [{path: a}, {path: nowhere}]\n    " + joiner,
+        "join:\n    - path: a\n    - blend: [{path: a}, {path: a}]\n    " + joiner,
+        "path: a\n    aux: {pictures: filesystem://nowhere}",
+        "path: a\n    subset: {range: [0, 9]}",
+    ):
+        path.write_text(f"{header}splits:\n  train:\n    {block}\n")
+        with pytest.raises(DatasetError) as caught:
+            loader(path)
+        assert re.match(rf"{path}, line \d+: ", str(caught.value))
+        assert str(caught.value).count(f"{path}, line") == 1
+
+
 def test_what_is_said_further_inside_wins(tmp_path: Path) -> None:
     shards(tmp_path / "a", (3,))
     inner = using(str(tmp_path / "a"), subflavors={"kind": "inner", "own": 1})

@@ -24,7 +24,7 @@ from energon_fn.disk.prepare import prepare_dataset, write_dataset_yaml, write_m
 from energon_fn.disk.source import open_source
 from energon_fn.errors import SampleError, logger
 from energon_fn.metadataset import is_metadataset
-from energon_fn.outline import prepare_metadataset
+from energon_fn.opening import prepare_metadataset
 
 ERROR = 2
 
