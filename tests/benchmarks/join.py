@@ -15,18 +15,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import random
 import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from rounds import add_peer_and_json, header, in_turn, measured, parser_of, side_by_side, write_json
+
 NAMES = ("first", "second")
 METADATASET = """
 __module__: megatron.energon
@@ -41,38 +39,22 @@ splits:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--samples", type=int, default=1_000_000, help="in each dataset (default: %(default)s)")
     add("--shards", type=int, default=100, help="of each dataset (default: %(default)s)")
     add("--rounds", type=int, default=3, help="processes of each package (default: %(default)s)")
-    add(
-        "--peer-python",
-        metavar="PYTHON",
-        default=os.environ.get("ENERGON_PYTHON"),
-        help="a Python that has megatron-energon (default: what ENERGON_PYTHON names)",
-    )
-    add("--json", metavar="FILE", type=Path, help="write all rounds to this file")
+    add_peer_and_json(parser)
     add("--measure", nargs=2, metavar=("PACKAGE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.measure:
         package, folder = options.measure
         print(json.dumps(MEASURES[package](Path(folder))))
         return
-    pythons = {"energon_fn": sys.executable}
-    if options.peer_python:
-        pythons["megatron.energon"] = options.peer_python
-    rounds: dict[str, list[Any]] = {package: [] for package in pythons}
     with tempfile.TemporaryDirectory() as folder:
         make_datasets(Path(folder), options.samples, options.shards)
-        for number in range(options.rounds):
-            for package, python in sorted(pythons.items(), reverse=bool(number % 2)):
-                rounds[package].append(in_new_process(python, package, folder))
-    if options.json:
-        named = {k: v for k, v in vars(options).items() if k not in ("measure", "json")}
-        options.json.write_text(json.dumps({"options": named, "rounds": rounds}, indent=1) + "\n")
+        rounds = in_turn(options, lambda *which: measured(*which, __file__, folder))
+    write_json(options, rounds)
     print(table(rounds))
 
 
@@ -105,16 +87,6 @@ def make_datasets(folder: Path, samples: int, shards: int) -> None:
         (meta / "split.yaml").write_text(split_text(SplitConfig({"train": tuple(counts)})))
         write_dataset_yaml(folder / name, "TextSample", {"text": "txt"})
     (folder / "join.yaml").write_text(METADATASET)
-
-
-def in_new_process(python: str, package: str, folder: str) -> Any:
-    command = [python, __file__, "--measure", package, folder]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"measuring {package} with {python} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 # --- in a new process -----------------------------------------------------------------------------
@@ -174,14 +146,7 @@ def megabytes() -> float:
 
 def table(rounds: dict[str, list[Any]]) -> str:
     """Medians over the rounds, the packages side by side."""
-    lines = [f"{'':20}" + "".join(f"{package:>20}" for package in rounds)]
-    for name in rounds["energon_fn"][0]:
-        line = f"{name:20}"
-        for each in rounds.values():
-            known = [one[name] for one in each if name in one]
-            line += f"{statistics.median(known):20,.4g}" if known else " " * 20
-        lines.append(line)
-    return "\n".join(lines)
+    return "\n".join([header(rounds, 20), *side_by_side(rounds, 20)])
 
 
 if __name__ == "__main__":

@@ -22,9 +22,6 @@ import json
 import os
 import shutil
 import sqlite3
-import statistics
-import subprocess
-import sys
 import tarfile
 import tempfile
 import time
@@ -32,13 +29,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from rounds import add_peer_and_json, header, in_turn, measured, parser_of, side_by_side, write_json
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--shards", type=int, default=10_000, help="of the dataset opened (default: %(default)s)")
     add("--samples", type=int, default=10_000_000, help="of it (default: %(default)s)")
@@ -48,13 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--lines", type=int, default=1_000_000, help="prepared and opened (default: %(default)s)")
     add("--workers", type=int, default=os.cpu_count(), help="tars indexed at a time (%(default)s)")
     add("--rounds", type=int, default=3, help="processes of each package (default: %(default)s)")
-    add(
-        "--peer-python",
-        metavar="PYTHON",
-        default=os.environ.get("ENERGON_PYTHON"),
-        help="a Python that has megatron-energon (default: what ENERGON_PYTHON names)",
-    )
-    add("--json", metavar="FILE", type=Path, help="write all rounds to this file")
+    add_peer_and_json(parser)
     add("--measure", nargs=3, metavar=("PACKAGE", "WHAT", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.measure:
@@ -66,25 +55,22 @@ def main(arguments: list[str] | None = None) -> None:
             found = measure_opening(energon, Path(path))
         print(json.dumps(found))
         return
-    pythons = {"energon_fn": sys.executable}
-    if options.peer_python:
-        pythons["megatron.energon"] = options.peer_python
-    rounds: dict[str, list[dict[str, float]]] = {package: [] for package in pythons}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_opened(folder / "small", 1, 1)
         make_opened(folder / "large", options.shards, options.samples)
         make_tars(folder / "tars", options.prepared_shards, options.prepared_samples, options.bytes)
         make_lines(folder / "lines.jsonl", options.lines)
-        for number in range(options.rounds):
-            for package, python in sorted(pythons.items(), reverse=bool(number % 2)):
-                found = {}
-                for what in ("preparing", "opening"):
-                    found |= in_new_process(python, package, what, folder, options.workers)
-                rounds[package].append(found)
-    if options.json:
-        named = {k: v for k, v in vars(options).items() if k not in ("measure", "json")}
-        options.json.write_text(json.dumps({"options": named, "rounds": rounds}, indent=1) + "\n")
+
+        def measure(python: str, package: str) -> dict[str, float]:
+            found = {}
+            for what in ("preparing", "opening"):
+                workers = f"--workers={options.workers}"
+                found |= measured(python, package, __file__, what, folder, workers)
+            return found
+
+        rounds = in_turn(options, measure)
+    write_json(options, rounds)
     print(table(rounds))
 
 
@@ -131,20 +117,6 @@ def make_lines(file: Path, lines: int) -> None:
     with file.open("w") as out:
         for number in range(lines):
             out.write(json.dumps({"id": number, "question": f"What is {number} + 1?"}) + "\n")
-
-
-def in_new_process(
-    python: str, package: str, what: str, folder: Path, workers: int
-) -> dict[str, float]:
-    command = [python, "-W", "ignore", __file__, "--measure", package, what, str(folder)]
-    command += ["--workers", str(workers)]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"measuring {package} with {python} failed:\n{done.stderr}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 # --- in a new process: the same for both packages -------------------------------------------------
@@ -228,13 +200,8 @@ def resident_memory() -> int:
 
 def table(rounds: dict[str, list[dict[str, float]]]) -> str:
     """Medians over the rounds, the packages side by side."""
-    lines = [f"{'':26}" + "".join(f"{package:>20}" for package in rounds)]
-    for name in next(iter(rounds.values()))[0]:
-        values = [statistics.median(found[name] for found in each) for each in rounds.values()]
-        lines.append(
-            f"{name:26}" + "".join(f"{value:20,.{0 if value > 99 else 3}f}" for value in values)
-        )
-    return "\n".join(lines)
+    lines = side_by_side(rounds, 26, form=lambda n: f"{n:,.{0 if n > 99 else 3}f}")
+    return "\n".join([header(rounds, 26), *lines])
 
 
 if __name__ == "__main__":

@@ -23,9 +23,7 @@ import importlib
 import io
 import itertools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -34,7 +32,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from rounds import add_peer_and_json, header, in_turn, measured, parser_of, side_by_side, write_json
+
 WORKLOADS = ("shuffle", "packing")
 BATCH = 20  # samples
 PACK = 4  # samples
@@ -43,40 +42,27 @@ Make = Callable[[], Iterator[Any]]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--samples", type=int, default=4000, help="pictures in the dataset (default: %(default)s)")
     add("--buffer", type=int, default=1000, help="size of the buffers (default: %(default)s)")
     add("--workers", type=int, default=2, help="for all but the slowdown (default: %(default)s)")
     add("--turns", type=int, default=10, help="pairs timed for the slowdown (default: 10)")
     add("--rounds", type=int, default=3, help="processes of each package (default: %(default)s)")
-    add(
-        "--peer-python",
-        metavar="PYTHON",
-        default=os.environ.get("ENERGON_PYTHON"),
-        help="a Python that has megatron-energon (default: what ENERGON_PYTHON names)",
-    )
-    add("--json", metavar="FILE", type=Path, help="write all rounds to this file")
+    add_peer_and_json(parser)
     add("--measure", nargs=2, metavar=("PACKAGE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.measure:
         package, folder = options.measure
         print(json.dumps(measure(package, folder, options)))
         return
-    pythons = {"energon_fn": sys.executable}
-    if options.peer_python:
-        pythons["megatron.energon"] = options.peer_python
-    rounds: dict[str, list[Any]] = {package: [] for package in pythons}
+    chosen = [
+        f"--{name}={getattr(options, name)}" for name in ("samples", "buffer", "workers", "turns")
+    ]
     with tempfile.TemporaryDirectory() as folder:
         make_dataset(Path(folder), options.samples)
-        for number in range(options.rounds):
-            for package, python in sorted(pythons.items(), reverse=bool(number % 2)):
-                rounds[package].append(in_new_process(python, package, folder, options))
-    if options.json:
-        named = {k: v for k, v in vars(options).items() if k not in ("measure", "json")}
-        options.json.write_text(json.dumps({"options": named, "rounds": rounds}, indent=1) + "\n")
+        rounds = in_turn(options, lambda *which: measured(*which, __file__, folder, *chosen))
+    write_json(options, rounds)
     print(table(rounds))
 
 
@@ -101,18 +87,6 @@ def make_dataset(folder: Path, samples: int, shards: int = 8) -> None:
                     tar.addfile(member, io.BytesIO(data))
     prepare_dataset(folder, names, split_parts_ratio=[("train", 1)])
     write_dataset_yaml(folder, "CaptioningSample", {"image": "jpg", "caption": "txt"})
-
-
-def in_new_process(python: str, package: str, folder: str, options: Any) -> Any:
-    command = [python, __file__, "--measure", package, folder]
-    for name in ("samples", "buffer", "workers", "turns"):
-        command += [f"--{name}", str(getattr(options, name))]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"measuring {package} with {python} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 # --- in a new process: the same for both packages -------------------------------------------------
@@ -257,12 +231,10 @@ def plain(state: Any) -> Any:
 
 def table(rounds: dict[str, list[Any]]) -> str:
     """Medians over the rounds, the packages side by side."""
-    lines = [f"{'':32}" + "".join(f"{package:>20}" for package in rounds)]
+    lines = [header(rounds, 32)]
     for load in WORKLOADS:
-        lines.append(f"{load} buffer")
-        for name in next(iter(rounds.values()))[0][load]:
-            values = [statistics.median(r[load][name] for r in each) for each in rounds.values()]
-            lines.append(f"  {name:30}" + "".join(f"{value:20,.4g}" for value in values))
+        of_load = {package: [found[load] for found in each] for package, each in rounds.items()}
+        lines += [f"{load} buffer", *side_by_side(of_load, 32, indent="  ")]
     return "\n".join(lines)
 
 

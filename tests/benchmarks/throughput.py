@@ -27,7 +27,6 @@ medians over the rounds, of ratios too: `x floor` is how many times the floor's 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import io
 import json
@@ -35,7 +34,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -43,8 +41,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-OURS, PEER = "energon_fn", "megatron.energon"
+from rounds import OURS, PEER, add_peer_and_json, parser_of, printed, write_json
+
 LOADERS = ("DataLoader", "webdataset", PEER, OURS)
 CONTENDERS: dict[str, tuple[str, ...]] = {
     "text": ("floor", *LOADERS),
@@ -61,22 +59,14 @@ Found = dict[str, float]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--work", default=",".join(CONTENDERS), help="some of these (default: %(default)s)")
     add("--workers", default="0,2", help="numbers of them, for text and jpeg (default: 0,2)")
     add("--rounds", type=int, default=5, help="runs of each contender (default: %(default)s)")
     add("--scale", type=float, default=1, help="of all sizes but batches (default: %(default)s)")
     add("--data", metavar="FOLDER", type=Path, help="keep the datasets there, for the next time")
-    add(
-        "--peer-python",
-        metavar="PYTHON",
-        default=os.environ.get("ENERGON_PYTHON"),
-        help="a Python that has megatron-energon (default: what ENERGON_PYTHON names)",
-    )
-    add("--json", metavar="FILE", type=Path, help="write all rounds to this file")
+    add_peer_and_json(parser)
     options = parser.parse_args(arguments)
     works = options.work.split(",")
     if unknown := {*works} - {*CONTENDERS}:
@@ -97,10 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
                         tables[name][contender].append(bench.measure(work, contender, count))
             for name in named:
                 print(table(name, tables[name]), flush=True)
-    if options.json:
-        chosen = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-        whole = {"options": chosen, "machine": machine(), "rounds": tables}
-        options.json.write_text(json.dumps(whole, indent=1) + "\n")
+    write_json(options, tables, machine=machine())
 
 
 class Bench:
@@ -161,13 +148,9 @@ class Bench:
 
     def process(self, contender: str, *command: str) -> tuple[Found, float]:
         python = str(self.peer_python) if contender.startswith(PEER) else sys.executable
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        failed = f"{contender} failed: {python} {' '.join(command)}"
         start = time.monotonic()
-        done = subprocess.run([python, *command], env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{contender} failed: {python} {' '.join(command)}\n{done.stderr}")
-        found: Found = json.loads(done.stdout.splitlines()[-1])
+        found: Found = printed(python, *command, failed=failed)
         return found, found.get("at", start) - start
 
 
