@@ -1,10 +1,10 @@
 """Data loading for multimodal training: Megatron-Energon's task encoder as generator stages.
 
-The way of the data: ``compose`` (recipes of datasets, or ``metadataset``, the same in YAML) ->
-``opening`` (datasets on ``disk``) -> ``plan`` and ``mixing`` (which sample when, on keys) ->
-``stages`` (from iterator to iterator) -> ``streams`` (which go on from any state) -> ``pipeline``
-(all of it, as a task encoder says) -> ``lanes`` and ``workers`` (who runs which stream) ->
-``loader``. This file lists the public names.
+The way of the data: ``recipes`` (what datasets are made of others, in Python or YAML; opened from
+``disk``) -> ``order`` (which sample when, on keys) -> ``stages`` (from iterator to iterator) ->
+``streams`` (which go on from any state) -> ``pipeline`` (all, as a ``task_encoder`` says) ->
+``lanes`` and ``processes`` (who runs which stream) -> ``loader``. Beside it ``look`` (how things
+are shown, reports) and ``failures`` (samples that fail). This file lists the public names.
 """
 
 from energon_fn.caching import CachePool, FileStoreCachePool, Lazy, NoCachePool
@@ -18,7 +18,6 @@ from energon_fn.collation import (
     generic_concat,
     homogeneous_concat_mix,
 )
-from energon_fn.compose import blend, blend_epochized, concat, join, repeat, subset, using
 from energon_fn.datasets import (
     get_dataset,
     get_train_dataset,
@@ -26,6 +25,7 @@ from energon_fn.datasets import (
     get_val_datasets,
 )
 from energon_fn.decoding import SampleDecoder, decode_part, decoder
+from energon_fn.describing import describe
 from energon_fn.disk.jsonl import open_jsonl, prepare_jsonl
 from energon_fn.disk.media import AVMetadata, ImageMetadata
 from energon_fn.disk.prepare import BaseWebdatasetFactory, prepare_dataset, write_dataset_yaml
@@ -41,10 +41,17 @@ from energon_fn.errors import (
     log_exception,
     reraise_exception,
 )
+from energon_fn.failures.exclude import exclude
+from energon_fn.failures.quarantine import quarantine, read_quarantine
+from energon_fn.failures.trace import trace
 from energon_fn.lanes import WorkerConfig, default_worker_config
 from energon_fn.loader import Loader, get_loader, get_savable_loader
+from energon_fn.look.sheet import contact_sheet
+from energon_fn.look.show import show
 from energon_fn.packing import best_fit, fill_ratio, knapsack
 from energon_fn.pipeline import Dataset
+from energon_fn.piping import pipe
+from energon_fn.recipes.compose import blend, blend_epochized, concat, join, repeat, subset, using
 from energon_fn.samples import (
     Batch,
     CaptioningSample,
@@ -64,7 +71,6 @@ from energon_fn.samples import (
     basic_sample_keys,
     edataclass,
 )
-from energon_fn.sheet import contact_sheet
 from energon_fn.stages import (
     Cooker,
     PackedSamplesOutput,
@@ -97,6 +103,7 @@ from energon_fn.task_encoder import (
     TaskEncoder,
     stateless,
 )
+from energon_fn.torch_dataset import as_iterable_dataset
 
 __all__ = [
     "AVMetadata",
@@ -143,6 +150,7 @@ __all__ = [
     "VidQASample",
     "WorkerConfig",
     "WorkerError",
+    "as_iterable_dataset",
     "basic_sample_keys",
     "batch",
     "batch_list",
@@ -161,10 +169,12 @@ __all__ = [
     "decode_part",
     "decoder",
     "default_worker_config",
+    "describe",
     "edataclass",
     "encode_batch",
     "encode_sample",
     "epochize",
+    "exclude",
     "fill_ratio",
     "generic_batch",
     "generic_concat",
@@ -184,16 +194,21 @@ __all__ = [
     "open_source",
     "open_store",
     "pack",
+    "pipe",
     "postencode_sample",
     "preencode_sample",
     "prepare_dataset",
     "prepare_jsonl",
+    "quarantine",
+    "read_quarantine",
     "repeat",
     "reraise_exception",
+    "show",
     "shuffle",
     "stage",
     "stateless",
     "subset",
+    "trace",
     "using",
     "write_dataset_yaml",
 ]

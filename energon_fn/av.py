@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from energon_fn.disk.media import AVMetadata, av_metadata
+from energon_fn.disk.media import AVMetadata, av_metadata, open_recording
 
 Range = tuple[float, float]
 Clips = tuple[list[torch.Tensor], list[Range]]
@@ -54,12 +54,8 @@ def decode_recording(data: bytes, av_decode: str, video_decode_audio: bool) -> A
 
 
 def _open(stream: BinaryIO) -> Any:
-    try:
-        import av
-    except ImportError as exc:
-        raise ImportError("audio and video need PyAV: `pip install energon-fn[av]`") from exc
     stream.seek(0)
-    return av.open(stream, metadata_errors="ignore")
+    return open_recording(stream)
 
 
 @dataclass(kw_only=True)

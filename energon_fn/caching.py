@@ -32,8 +32,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from energon_fn import wire
 from energon_fn.errors import DatasetError, logger
+from energon_fn.processes import wire
 from energon_fn.samples import SourceInfo
 from energon_fn.stores import FileStore, add_source
 
@@ -194,7 +194,7 @@ class FileStoreCachePool(CachePool):
             buffers = [data]
         else:
             with suppress(Exception):  # what does not pickle stays as it is
-                head, buffers = wire.dumps(data)
+                head, *buffers = wire.dumps(data)
         cache = self._cache() if buffers else None
         item = cache.kept(name, buffers) if cache else None
         if item is None:

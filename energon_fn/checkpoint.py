@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -146,6 +147,11 @@ def read_state(path: str | PathLike[str]) -> State:
             content = json.loads(data)
         else:
             content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise StateError(
+            f"{path} holds more than plain data and tensors, or was not written by torch.save. "
+            "States of megatron-energon are not read: begin an epoch, or seek to the batch."
+        ) from error
     except Exception as error:
         raise StateError(
             f"{path} cannot be read: {error}. It must be JSON (*.json) or written by torch.save, "

@@ -24,17 +24,17 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from energon_fn.caching import Lazy
-from energon_fn.compose import using
 from energon_fn.disk.jsonl import is_jsonl, open_jsonl, prepare_jsonl
 from energon_fn.disk.metadata import FORMAT_VERSION
 from energon_fn.disk.prepare import prepare_dataset, write_media_metadata
 from energon_fn.disk.source import Samples
 from energon_fn.errors import DatasetError
 from energon_fn.loader import Loader
-from energon_fn.metadataset import is_metadataset
-from energon_fn.opening import Mixed, Tree, open_recipe, prepare_metadataset
-from energon_fn.outline import outline
 from energon_fn.pipeline import Dataset
+from energon_fn.recipes.compose import using
+from energon_fn.recipes.metadataset import is_metadataset
+from energon_fn.recipes.opening import Mixed, Tree, open_recipe, prepare_metadataset
+from energon_fn.recipes.outline import outline
 from energon_fn.stores import FileStore
 
 __all__ = [
@@ -178,7 +178,7 @@ class DatasetLoader:
         """Open all single datasets, with their numbers.
 
         training, worker_config: taken and not needed, as the samples are not in an order yet.
-        options: those of :func:`~energon_fn.opening.open_recipe`, ``trust_dataset_code`` say.
+        options: those of :func:`~energon_fn.recipes.opening.open_recipe`.
 
         Raises ValueError for repetitions inside of weights and the other way round.
         """
@@ -197,7 +197,7 @@ class DatasetLoader:
         if len(hows) > 1:
             raise ValueError(
                 f"{self.path} has {' and '.join(sorted(hows))}, so its datasets have no numbers of "
-                "one kind: energon_fn.opening.open_recipe gives them and the tree of both"
+                "one kind: energon_fn.recipes.opening.open_recipe gives them and the tree of both"
             )
         numbers = [float(number) for number in _numbers(opened.tree)]
         loaded = zip(opened.sources, numbers, opened.aux, strict=True)
@@ -321,7 +321,8 @@ _INSTEAD = {
     "JoinedWebdatasetFactory": "join([dataset, ...], joiner) as the path of get_train_dataset",
     "EPath": "a str or pathlib.Path; object stores are to be mounted",
     "get_dataset_from_config": "open_source(path, split_part)",
-    "get_dataset_type": "energon_fn.metadataset.is_metadataset and energon_fn.disk.jsonl.is_jsonl",
+    "get_dataset_type": "is_metadataset of energon_fn.recipes.metadataset, is_jsonl of "
+    "energon_fn.disk.jsonl",
     # of release 8
     "EnergonDatasetType": "an object with the methods of energon_fn.disk.source.Samples as path",
     "JsonParser": "yaml and dataclasses of your own",

@@ -9,39 +9,46 @@ from fractions import Fraction
 from functools import partial
 from inspect import signature
 from itertools import accumulate
-from typing import Any, TypedDict, Unpack, cast
+from typing import Any, TypeVar, Unpack, cast, overload
 
-from energon_fn.compose import Recipe
+from energon_fn.arguments import Common, EncodesBatch, EncodesSample, Every, Train, Val
 from energon_fn.decoding import decoder as make_decoder
 from energon_fn.disk.source import Samples
 from energon_fn.errors import DatasetError, logger
 from energon_fn.lanes import WorkerConfig, default_worker_config, in_notebook, whole
-from energon_fn.mixing import Blend, Order, Rounds, leaves
-from energon_fn.opening import Mixed, Opened, Tree, open_recipe
+from energon_fn.order.mixing import Blend, Order, Rounds, leaves
+from energon_fn.order.plan import Plan
 from energon_fn.pipeline import Dataset, Decoder, arguments_of
-from energon_fn.plan import Plan
+from energon_fn.recipes.compose import Recipe
+from energon_fn.recipes.opening import Mixed, Opened, Tree, open_recipe
 from energon_fn.stages import Cooker
-from energon_fn.task_encoder import METHODS, DefaultTaskEncoder, TaskEncoder, method_of
+from energon_fn.task_encoder import METHODS, DefaultTaskEncoder, method_of
 
+T = TypeVar("T")
+
+BUILDERS = (
+    "build_batch",
+    "build_cook_crude_sample",
+    "build_encode_sample",
+    "build_train_datasets",
+    "build_val_datasets",
+)
+"""Methods of megatron-energon's task encoders that have no counterpart."""
 DEFAULT_DECODER: Any = object()  # the task encoder's, or by image_decode; None means none
 
 
-class Options(TypedDict, total=False):
-    """What training and validation have in common; see :func:`get_dataset`."""
-
-    batch_drop_last: bool
-    packing_buffer_size: int | None
-    task_encoder: TaskEncoder[Any, Any, Any, Any] | None
-    worker_config: WorkerConfig | None
-    image_decode: str
-    min_size: int | tuple[int, int] | None
-    auto_decode: bool
-    decoder: Decoder | None
-    dataset_config: str
-    split_config: str
-    trust_dataset_code: bool
-
-
+@overload
+def get_train_dataset(
+    path: Recipe, *, batch_size: int, task_encoder: EncodesBatch[T], **options: Unpack[Train]
+) -> Dataset[T]: ...
+@overload
+def get_train_dataset(
+    path: Recipe, *, batch_size: None, task_encoder: EncodesSample[T], **options: Unpack[Train]
+) -> Dataset[T]: ...
+@overload
+def get_train_dataset(
+    path: Recipe, *, batch_size: int | None, task_encoder: object = None, **options: Unpack[Train]
+) -> Dataset[Any]: ...
 def get_train_dataset(
     path: Recipe,
     *,
@@ -52,12 +59,13 @@ def get_train_dataset(
     shuffle_over_epochs_multiplier: int | None = 1,
     repeat: bool = True,
     split_part: str = "train",
-    **options: Unpack[Options],
+    task_encoder: Any = None,
+    **options: Any,
 ) -> Dataset[Any]:
     """The dataset for training: shuffled, and without an end unless ``repeat=False``.
 
     path: a prepared folder; a folder, a file, or a brace or glob pattern of tars; a file of JSON
-    lines; a metadataset (YAML); or a recipe made of them, see :mod:`energon_fn.compose`.
+    lines; a metadataset (YAML); or a recipe made of them, see :mod:`energon_fn.recipes.compose`.
     batch_size: samples of a batch; None: no batching (``batch``, ``encode_batch`` are not called).
     shuffle_buffer_size: mix over so many neighbouring samples; None: only sequences are shuffled.
     max_samples_per_sequence: cut shards to sequences of so many samples; None: whole shards.
@@ -77,17 +85,31 @@ def get_train_dataset(
         shuffle_over_epochs_multiplier=shuffle_over_epochs_multiplier,
         repeat=repeat,
         virtual_epoch_length=virtual_epoch_length,
+        task_encoder=task_encoder,
         **options,
     )
 
 
+@overload
+def get_val_dataset(
+    path: Recipe, *, batch_size: int, task_encoder: EncodesBatch[T], **options: Unpack[Val]
+) -> Dataset[T]: ...
+@overload
+def get_val_dataset(
+    path: Recipe, *, batch_size: None, task_encoder: EncodesSample[T], **options: Unpack[Val]
+) -> Dataset[T]: ...
+@overload
+def get_val_dataset(
+    path: Recipe, *, batch_size: int | None, task_encoder: object = None, **options: Unpack[Val]
+) -> Dataset[Any]: ...
 def get_val_dataset(
     path: Recipe,
     *,
     batch_size: int | None,
     limit: int | None = None,
     split_part: str = "val",
-    **options: Unpack[Options],
+    task_encoder: Any = None,
+    **options: Any,
 ) -> Dataset[Any]:
     """The dataset for validation: in the dataset's order, every sample once.
 
@@ -95,9 +117,28 @@ def get_val_dataset(
     The other options are those of :func:`get_dataset`.
     """
     _check_names(get_val_dataset, options)
-    return get_dataset(path, split_part=split_part, batch_size=batch_size, limit=limit, **options)
+    return get_dataset(
+        path,
+        split_part=split_part,
+        batch_size=batch_size,
+        limit=limit,
+        task_encoder=task_encoder,
+        **options,
+    )
 
 
+@overload
+def get_val_datasets(
+    path: Recipe, *, batch_size: int, task_encoder: EncodesBatch[T], **options: Unpack[Val]
+) -> list[tuple[Dataset[T], Samples]]: ...
+@overload
+def get_val_datasets(
+    path: Recipe, *, batch_size: None, task_encoder: EncodesSample[T], **options: Unpack[Val]
+) -> list[tuple[Dataset[T], Samples]]: ...
+@overload
+def get_val_datasets(
+    path: Recipe, *, batch_size: int | None, task_encoder: object = None, **options: Unpack[Val]
+) -> list[tuple[Dataset[Any], Samples]]: ...
 def get_val_datasets(path: Recipe, **options: Any) -> list[tuple[Dataset[Any], Samples]]:
     """:func:`get_val_dataset` for each of the datasets at ``path``, with the source it reads."""
     _check_names(get_val_datasets, options, get_val_dataset)
@@ -119,13 +160,25 @@ def _check_names(
 ) -> None:
     """Raise TypeError for an option that the function, or the one it is like, does not have."""
     named = [name for each in (function, like or function) for name in signature(each).parameters]
-    known = {*named, *Options.__annotations__} - {"options"}
+    known = {*named, *Common.__annotations__} - {"options"}
     for name in options.keys() - known:
         near = get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(sorted(known))}"
         raise TypeError(f"{function.__name__}() has no argument {name!r}{hint}")
 
 
+@overload
+def get_dataset(
+    path: Recipe, *, batch_size: int, task_encoder: EncodesBatch[T], **options: Unpack[Every]
+) -> Dataset[T]: ...
+@overload
+def get_dataset(
+    path: Recipe, *, batch_size: None, task_encoder: EncodesSample[T], **options: Unpack[Every]
+) -> Dataset[T]: ...
+@overload
+def get_dataset(
+    path: Recipe, *, batch_size: int | None, task_encoder: object = None, **options: Unpack[Every]
+) -> Dataset[Any]: ...
 def get_dataset(
     path: Recipe,
     *,
@@ -140,7 +193,7 @@ def get_dataset(
     limit: int | None = None,
     batch_drop_last: bool = False,
     packing_buffer_size: int | None = None,
-    task_encoder: TaskEncoder[Any, Any, Any, Any] | None = None,
+    task_encoder: Any = None,
     worker_config: WorkerConfig | None = None,
     image_decode: str = "torchrgb",
     min_size: int | tuple[int, int] | None = None,
@@ -361,6 +414,11 @@ def check_task_encoder(encoder: Any, packing_buffer_size: int | None) -> None:
     for own in {each for base in type(encoder).__mro__ for each in vars(base)} - {*METHODS}:
         if not own.startswith("_") and (near := get_close_matches(own, METHODS, 1, 0.9)):
             logger.warning(f"{name} has {own}, which is never called: did you mean {near[0]}?")
+        elif own in BUILDERS:
+            logger.warning(
+                f"{name} has {own}, which is never called: the stages are fixed here. Recipes "
+                "(blend, join, ...) say how datasets are put together, other methods what is done"
+            )
     if "encode_sample" in has and has & {"preencode_sample", "postencode_sample"}:
         raise TypeError(
             f"{name} has encode_sample (or the encoded_sample_type that it is to give) and also "

@@ -51,7 +51,7 @@ def _json(data: bytes) -> Any:
                 return value
         # orjson makes floats of integers beyond 64 bits, which have 19 digits or more. So many in
         # a row show as two digits side by side in every ninth byte, which is quick to look for.
-        elif b"00" not in data[::9].translate(_ZEROS) or b"0" * 19 not in data.translate(_ZEROS):
+        elif data[::9].translate(_ZEROS).find(b"00") < 0 or b"0" * 19 not in data.translate(_ZEROS):
             return _orjson(data)
     except ValueError:
         pass
@@ -136,7 +136,7 @@ RECORDINGS = "mp4 avi mov webm mkv flv mp3 wav flac"
 _HEAD = 32
 """Bytes that say what a picture or recording is."""
 
-_BUFFERS = frozenset((bytearray, memoryview))
+_BYTES = frozenset((bytes, bytearray, memoryview))
 
 
 def _by_content(picture: Decode, recording: Decode, by_name: Decode, data: bytes) -> Any:
@@ -228,9 +228,7 @@ class SampleDecoder:
         decoded = dict(sample)
         try:
             for name, data in sample.items():
-                if type(data) is bytes:
-                    decoded[name] = decode_for(name)(data)
-                elif type(data) in _BUFFERS:
+                if type(data) in _BYTES:
                     decoded[name] = decode_for(name)(bytes(data))
         except ImportError:  # a package is missing: not this sample's fault
             raise

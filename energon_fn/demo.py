@@ -30,6 +30,7 @@ from energon_fn import (
     Sample,
     SkipSample,
     WorkerConfig,
+    contact_sheet,
     edataclass,
     get_loader,
     get_train_dataset,
@@ -38,7 +39,6 @@ from energon_fn import (
 from energon_fn.disk.files import write_atomic
 from energon_fn.disk.metadata import read_info
 from energon_fn.disk.prepare import prepare_dataset, write_dataset_yaml
-from energon_fn.sheet import contact_sheet
 
 Point = tuple[float, float]
 Color = tuple[int, int, int]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from itertools import count
+from time import perf_counter_ns
 from types import GeneratorType
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from energon_fn.errors import (
     SkipSample,
     log_exception,
 )
+from energon_fn.meters import Meter
 from energon_fn.samples import SourceInfo
 
 T = TypeVar("T")
@@ -29,6 +31,8 @@ U = TypeVar("U")
 
 MAY_BE_NONE = ("select_samples_to_pack", "batch_group_criterion")
 """Functions whose results are no samples; who calls them checks them."""
+OF_LISTS = ("select_samples_to_pack", "pack_selected_samples", "batch")
+"""Functions of several samples. The first gives several groups of them."""
 
 
 def guarded(
@@ -58,12 +62,16 @@ def guarded(
     skipped
     """
     failures, here = 0, position.here
+    meter = here.meters[stage]
+    if stage in OF_LISTS:
+        fn = _counting(fn, meter, stage == OF_LISTS[0])
 
     def fail(error: Exception, item: T) -> None:
         nonlocal failures
         error.add_note(f"in {stage} of {describe(item)}")
         if isinstance(error, (*PROGRAMMING_ERRORS, DatasetError, FatalSampleError)):
             raise error
+        meter.failed += 1
         handler(error, item, sources_of(item))
         failures += 1
         if failures >= tolerance:
@@ -76,17 +84,31 @@ def guarded(
     def call(item: T) -> U | Iterator[U]:
         nonlocal failures
         here.stage, here.item = stage, item  # position.doing, written out: for every sample
-        here.steps += 1
+        calls = meter.calls = meter.calls + 1
+        start = perf_counter_ns() if calls >= meter.due else 0
         if seed is not None:
             seeds.reseed(seed, stage)
         try:
             result = fn(item)
+        except SkipSample:
+            if start:
+                meter.took(perf_counter_ns() - start + here.elsewhere)
+            meter.skipped += 1
+            meter.lost += 1
+            raise
         except Exception as error:
+            if start:
+                meter.took(perf_counter_ns() - start + here.elsewhere)
+            meter.lost += 1
             fail(error, item)
             raise SkipSample from None
         if isinstance(result, GeneratorType):
+            meter.lost += 1
             return outputs(result, item)
+        if start:
+            meter.took(perf_counter_ns() - start + here.elsewhere)
         if result is None and stage not in MAY_BE_NONE:
+            meter.lost += 1
             nothing = TypeError(f"{stage} returned None: return the result, or raise SkipSample")
             fail(nothing, item)
             raise SkipSample
@@ -96,21 +118,45 @@ def guarded(
     def outputs(results: Iterator[U], item: T) -> Iterator[U]:
         # Others run between two outputs: put position and seeds back before each.
         nonlocal failures
-        where = position.here.where
-        for n in count():
-            position.at((where, n))
-            position.doing(stage, item)
-            if seed is not None:
-                seeds.reseed(seed, stage)
-            try:
-                result = next(results)
-            except StopIteration:
-                failures = 0
-                return
-            except Exception as error:
-                fail(error, item)
-                return
-            yield result
+        where, spent = position.here.where, 0
+        try:
+            for n in count():
+                position.at((where, n))
+                position.doing(stage, item)
+                start = perf_counter_ns()
+                if seed is not None:
+                    seeds.reseed(seed, stage)
+                try:
+                    result = next(results)
+                except StopIteration:
+                    failures = 0
+                    return
+                except SkipSample:
+                    meter.skipped += 1
+                    raise
+                except Exception as error:
+                    fail(error, item)
+                    return
+                finally:
+                    spent += perf_counter_ns() - start
+                meter.made += 1
+                yield result
+        finally:
+            meter.took(spent)
+
+    return call
+
+
+def _counting(fn: Callable[[T], U], meter: Meter, gives_several: bool) -> Callable[[T], U]:
+    """``fn`` of lists: their items are counted, and those of the list that it gives."""
+
+    def call(items: T) -> U:
+        meter.items += len(members(items))
+        result = fn(items)
+        if gives_several and isinstance(result, list):
+            meter.lost += 1
+            meter.made += len(result)
+        return result
 
     return call
 

@@ -49,8 +49,11 @@ class WorkerConfig:
     seed_offset: another number gives another order and other augmentations.
     lanes: number of independent streams over all ranks, a multiple of the world size; None takes as
     many as there are workers in all.
-    global_error_handler: what happens to samples that fail, see :mod:`energon_fn.errors`.
+    global_error_handler: what happens to samples that fail, see :mod:`energon_fn.errors`;
+    :func:`~energon_fn.quarantine` writes them down.
     failure_tolerance: how many failures in a row of one function end the run.
+    max_failures, max_failure_rate: how many samples may fail on this rank since its loader was
+    made, and what share of those loaded (looked at from 1,000 samples on); None: any number.
 
     >>> WorkerConfig(rank=1, world_size=2, num_workers=2).rank_lanes
     (1, 3)
@@ -64,11 +67,19 @@ class WorkerConfig:
     lanes: int | None = None
     global_error_handler: ErrorHandler = log_exception
     failure_tolerance: int = 100
+    max_failures: int | None = None
+    max_failure_rate: float | None = None
 
     def __post_init__(self) -> None:
-        least = {"world_size": 1, "num_workers": 0, "failure_tolerance": 1}
-        for name in (*least, "rank", "seed_offset", *(["lanes"] if self.lanes is not None else [])):
-            object.__setattr__(self, name, whole(name, getattr(self, name), least.get(name)))
+        least = {"world_size": 1, "num_workers": 0, "failure_tolerance": 1, "max_failures": 0}
+        for name in (*least, "rank", "seed_offset", "lanes"):
+            given = getattr(self, name)
+            if given is not None or name not in ("lanes", "max_failures"):
+                object.__setattr__(self, name, whole(name, given, least.get(name)))
+        if self.max_failure_rate is not None and not 0 <= self.max_failure_rate <= 1:
+            raise ValueError(
+                f"max_failure_rate is {self.max_failure_rate}; it must be a share, 0 to 1"
+            )
         if not 0 <= self.rank < self.world_size:
             raise ValueError(
                 f"rank is {self.rank}; with world_size {self.world_size} it must be "

@@ -7,9 +7,11 @@ their turns; that is all there is to know to go on from here.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
+from itertools import chain
+from time import monotonic, perf_counter
 from typing import Any, Generic, Self, TypeVar
 
 import torch
@@ -17,30 +19,34 @@ import torch.distributed as distributed
 
 from energon_fn import checkpoint
 from energon_fn.caching import CachePool
-from energon_fn.errors import StateError, logger
+from energon_fn.errors import FatalSampleError, StateError, logger
 from energon_fn.lanes import WorkerConfig, in_notebook, whole
-from energon_fn.mixing import beginning, lane_size
-from energon_fn.pipeline import Dataset
+from energon_fn.look.report import Report, make_report
+from energon_fn.look.values import counted
+from energon_fn.order.mixing import beginning, lane_size
+from energon_fn.pipeline import Dataset, steps
+from energon_fn.processes.turns import Delivery, Local
+from energon_fn.processes.workers import Pool, PoolOptions
 from energon_fn.samples import pin_memory
 from energon_fn.streams import State
-from energon_fn.workers import Delivery, Local, Pool, PoolOptions
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
-class Loader(Generic[T]):
+class Loader(Generic[T_co]):
     """Iterates over a dataset's batches on this rank. Made by :func:`get_loader`.
 
     An iteration ends with the epoch (or virtual epoch). One that follows a ``break`` finishes the
     epoch behind the last batch that was delivered; one that follows an epoch's end is the next.
     """
 
-    def __init__(self, dataset: Dataset[T], options: PoolOptions):
+    def __init__(self, dataset: Dataset[T_co], options: PoolOptions):
         self.dataset = dataset
         self._options = options
         self._runner: Local | Pool | None = None
         self._restored = 0  # how often
-        self._counts: defaultdict[str, float] = defaultdict(float)
+        self._sums: defaultdict[str, float] = defaultdict(float)
         self._begin(epoch=0)
 
     def _begin(self, epoch: int) -> None:
@@ -57,19 +63,32 @@ class Loader(Generic[T]):
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        config = self.dataset.worker_config
+        workers, lanes = counted(config.num_workers, "worker"), counted(config.lane_count, "lane")
+        return f"Loader({self.dataset!r}, {workers}, {lanes})"
+
     def __len__(self) -> int:
         return self.dataset.batches(self._epoch)
 
-    def __iter__(self) -> Iterator[T]:
+    def __iter__(self) -> Iterator[T_co]:
         length, virtual = self.dataset.length, self.dataset.virtual
         if self._delivered == length:  # the last iteration was left at its last batch
             self._delivered = 0
             if not virtual:
                 self._begin(self._epoch + 1)
         pinned, restored = torch.accelerator.is_available(), self._restored
-        while self._delivered != length and (delivery := self._next()):
+        while self._delivered != length:
+            waiting, asked = "waited" if self._started else "starting", perf_counter()
+            delivery = self._next()
+            given = perf_counter()
+            self._sums[waiting] += given - asked
+            if not delivery:
+                break
             self._delivered += 1
+            self._sums["batches"] += 1
             yield pin_memory(delivery.batch) if pinned else delivery.batch
+            self._sums["used"] += perf_counter() - given
             if self._restored != restored:
                 raise StateError(
                     "the loader's state was restored during this iteration, which cannot go on: "
@@ -115,16 +134,13 @@ class Loader(Generic[T]):
             states[lane] = self._lanes.get(lane) or (None, 0, at)
         return self.dataset.drawn(states)
 
-    def report(self) -> dict[str, float]:
-        """What happened so far, as plain numbers for a logger.
-
-        ``drawn/PATH``: :meth:`drawn`. ``packs`` and ``fill``: how many packs the selectors of
-        :mod:`energon_fn.packing` made for this loader, and how full they are, 0 to 1, on average.
-        """
-        report: dict[str, float] = {f"drawn/{path}": n for path, n in self.drawn().items()}
-        if packs := self._counts["packs"]:
-            report |= {"packs": packs, "fill": self._counts["fill"] / packs}
-        return report
+    def report(self) -> Report:
+        """What happened so far, in all iterations: see :class:`~energon_fn.look.report.Report`."""
+        config, threads = self.dataset.worker_config, self.dataset.threads
+        if self._runner:
+            self._add(self._runner.news())
+        stages = chain.from_iterable(steps(self.dataset).values())
+        return make_report(stages, self._sums, self.drawn(), config.num_workers, threads)
 
     def restore_sample(self, key: Any) -> Any:
         """The very sample or batch whose ``__restore_key__`` is ``key``, made again here.
@@ -260,12 +276,40 @@ class Loader(Generic[T]):
                 self.close()  # the next iteration starts anew, behind the last batch
                 raise
             del self._lanes[delivery.lane]
-            for name, amount in delivery.counts.items():
-                self._counts[name] += amount
+            # Summed up, and divided by the time it all took, it is how many are ready on average
+            # (Little's law).
+            self._sums["queued"] += monotonic() - delivery.made
+            if delivery.counts:
+                self._add(delivery.counts)
+                self._check_failures()
             if delivery.state is not None:
                 self._lanes[delivery.lane] = delivery.state  # its next turn is after all others'
                 return delivery
         return None
+
+    def _add(self, counts: Mapping[str, float]) -> None:
+        for name, amount in counts.items():
+            self._sums[name] += amount
+
+    def _check_failures(self) -> None:
+        """Raise :class:`~energon_fn.FatalSampleError` if more failed than the config accepts."""
+        config, sums = self.dataset.worker_config, self._sums
+        if config.max_failures is None and config.max_failure_rate is None:
+            return
+        failed = int(sum(n for name, n in sums.items() if name.endswith("/failed")))
+        loaded = int(sums["load/in"])
+        most, rate = config.max_failures, config.max_failure_rate
+        if most is not None and failed > most:
+            limit = f"max_failures={most} accepts"
+        elif rate is not None and failed > rate * max(loaded, 1000):
+            limit = f"max_failure_rate={rate} accepts (of 1,000 at least)"
+        else:
+            return
+        self.close()
+        raise FatalSampleError(
+            f"{failed:,} failures with {loaded:,} samples on this rank are more than {limit}. The "
+            "log tells which; global_error_handler=quarantine(FILE) writes them down."
+        )
 
     def _make_runner(self) -> Local | Pool:
         streams, workers = self.dataset.lane_stream, self.dataset.worker_config.num_workers
@@ -276,6 +320,7 @@ class Loader(Generic[T]):
     def close(self) -> None:
         """End the worker processes; iterating starts them again. They also end with the loader."""
         if self._runner is not None:
+            self._add(self._runner.news())
             self._runner.close()
             self.dataset.cache_pool.close()
         self._runner, self._started = None, False
@@ -296,7 +341,8 @@ def get_loader(
     """A loader for this rank: ``for batch in get_loader(dataset): ...``.
 
     worker_config: None takes the dataset's; another must have the same lanes and seed.
-    prefetch_factor: batches that each worker makes ahead of the one being used.
+    prefetch_factor: batches that each worker makes ahead of the one being used; small ones, up to
+    16 or 256 kB together, count as one.
     max_worker_restarts: a worker that dies is started again where it was, so often in all; then
     :class:`~energon_fn.WorkerError` is raised.
     multiprocessing_context: ``"fork"`` or ``"spawn"``; None takes Python's default.
@@ -338,5 +384,19 @@ def get_loader(
     return Loader(dataset, options)
 
 
-get_savable_loader = get_loader
-"""The published name of a loader whose state can be saved: all of them can."""
+def get_savable_loader(
+    dataset: Dataset[T],
+    *,
+    checkpoint_every_sec: float | None = None,
+    checkpoint_every_min_n_samples: int | None = None,
+    n_checkpoints: int | None = None,
+    gc_collect_every_n_steps: int | None = None,
+    watchdog_initial_timeout_seconds: float | None = None,
+    **options: Any,
+) -> Loader[T]:
+    """:func:`get_loader`, by its published name: the state of every loader can be saved.
+
+    What it takes besides is not needed, since each batch comes with its state, and the watchdog
+    counts the steps that are made.
+    """
+    return get_loader(dataset, **options)

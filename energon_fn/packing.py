@@ -25,7 +25,7 @@ from fractions import Fraction
 from itertools import compress
 from math import lcm
 from operator import le, mul, not_, truediv
-from typing import Any, Generic, Literal, TypeAlias, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -34,7 +34,14 @@ from energon_fn.errors import FatalSampleError
 from energon_fn.guard import describe
 from energon_fn.stages import PackedSamplesOutput
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    T = TypeVar("T", bound=Any, default=Any)  # Any where only a lambda tells it
+else:
+    from typing import TypeVar
+
+    T = TypeVar("T")
 
 Amount: TypeAlias = float | Sequence[float] | Mapping[str, float]
 """A number; or several, one for each budget, such as tokens and images."""

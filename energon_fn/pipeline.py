@@ -14,32 +14,40 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from inspect import isgeneratorfunction
-from typing import Any, Generic, TypeVar
+from time import perf_counter, perf_counter_ns
+from typing import Any, Generic, TypeVar, cast
 
 from toolz import pipe
 
-from energon_fn import mixing, position, seeds, stages
+from energon_fn import position, seeds, stages
 from energon_fn.caching import CachePool, NoCachePool
 from energon_fn.checkpoint import tupled
 from energon_fn.collation import collate
-from energon_fn.disk.source import Samples
+from energon_fn.disk.source import Samples, Source
 from energon_fn.errors import SkipSample, StateError
 from energon_fn.guard import bookkeeping, guarded
 from energon_fn.lanes import WorkerConfig
-from energon_fn.mixing import Order
-from energon_fn.plan import Key
+from energon_fn.look.values import counted, seen
+from energon_fn.order import mixing
+from energon_fn.order.mixing import Order
+from energon_fn.order.plan import Key
 from energon_fn.stores import DecodeFileStore, FileStore, cooker_arguments, primary_store
 from energon_fn.streams import State, Stream, ahead, holding, resumable
 from energon_fn.task_encoder import TaskEncoder, marks_of, method_of
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 Decoder = Callable[[dict[str, Any]], dict[str, Any]]
 Lift = Callable[[Stream[Any]], Stream[Any]]
+Guard = Callable[..., Callable[..., Any]]
+"""What wraps the user's functions, called as :func:`guarded`."""
 NO_CACHE = NoCachePool()
+WILL_NEED = 64
+"""Samples that the system is told of before they are read, if they are large."""
 
 
 @dataclass(frozen=True)
-class Dataset(Generic[T]):
+class Dataset(Generic[T_co]):
     """What :func:`~energon_fn.get_train_dataset` and its kind give.
 
     It is plain data and pickles; nothing is read before it is iterated by
@@ -51,7 +59,7 @@ class Dataset(Generic[T]):
     aux: tuple[Mapping[str, FileStore], ...]
     """The stores that each source's cookers get."""
     order: Order
-    task_encoder: TaskEncoder[Any, Any, Any, T]
+    task_encoder: TaskEncoder[Any, Any, Any, T_co]
     worker_config: WorkerConfig
     decoder: Decoder | None
     batch_size: int | None
@@ -76,7 +84,7 @@ class Dataset(Generic[T]):
         n = bisect_right(self.starts, index) - 1
         return n, index - self.starts[n]
 
-    def lane_stream(self, lane: int, epoch: int = 0) -> Stream[T]:
+    def lane_stream(self, lane: int, epoch: int = 0, guarded: Guard = guarded) -> Stream[T_co]:
         """The stream of one lane: ``state -> Iterator[(batch, state after it)]``.
 
         epoch: where the plan begins if the state is None. Without a shuffle every epoch is the
@@ -90,10 +98,10 @@ class Dataset(Generic[T]):
         def keys(state: State) -> Iterator[tuple[Key, State]]:
             return mixing.keys(self.order, lane, state or mixing.beginning(self.order, epoch))
 
-        staged: Stream[T] = pipe(keys, *self._reading, *lifts(self, lane, epoch))
+        staged: Stream[T_co] = pipe(keys, *self._reading, *lifts(self, lane, epoch, guarded))
         lanes = self.order.lanes
 
-        def stream(state: State = None) -> Iterator[tuple[T, State]]:
+        def stream(state: State = None) -> Iterator[tuple[T_co, State]]:
             inner, given, *rest = state or (None, 0)
             here, drawn = position.here, rest[0] if rest else None
             here.batch_index, here.order = given * lanes + lane, drawn
@@ -178,9 +186,17 @@ class Dataset(Generic[T]):
 
     @property
     def _reading(self) -> list[Lift]:
-        """What has threads read and decode samples before their turn, if there are any."""
+        """What has samples read before their turn: by threads, decoded too, or by the system."""
         if not self.threads:
-            return []
+            large = [isinstance(source, Source) and source.is_large for source in self.sources]
+
+            def advise(key: Key) -> Key:
+                n, index = self.place(key[1])
+                if large[n]:
+                    cast(Source, self.sources[n]).will_need(index)
+                return key
+
+            return [partial(ahead, advise, depth=WILL_NEED)] if any(large) else []
 
         def begin(key: Key) -> tuple[Key, Future[Any]]:
             return key, executor(self.threads, os.getpid()).submit(read, self, key)
@@ -219,6 +235,12 @@ class Dataset(Generic[T]):
             "packing_buffer_size": self.packing_buffer_size,
             "stages": [name for name in names if method_of(self.task_encoder, name)],
         }
+
+    def __repr__(self) -> str:
+        paths = {source.path for source in self.sources}
+        of = seen(paths.pop()) if len(paths) == 1 else f"{len(self.sources)} datasets"
+        batches = f", batches of {self.batch_size}" if self.batch_size else ""
+        return f"Dataset({counted(self.starts[-1], 'sample')} of {of}{batches})"
 
     def __len__(self) -> int:
         """Batches of one iteration on this rank, if no function skips or multiplies samples."""
@@ -267,7 +289,31 @@ MULTIPLYING = (
 """The methods that make more or fewer items where they are generators."""
 
 
-def lifts(dataset: Dataset[Any], lane: int, epoch: int) -> list[Lift]:
+def steps(dataset: Dataset[Any]) -> dict[str, list[str]]:
+    """The functions that are called, in the data's order, by what they make together.
+
+    Methods that would only pass on what they are given are left out.
+    """
+
+    def own(*names: str) -> list[str]:
+        return [name for name in names if method_of(dataset.task_encoder, name) is not None]
+
+    cooks = ["cook"] if getattr(dataset.task_encoder, "cookers", ()) else []
+    found = {"load": ["load", "decode", *cooks]}
+    found["encode"] = own("preencode_sample", "encode_sample")
+    if dataset.packing_buffer_size is None:
+        found["encode"] += own("postencode_sample")
+    else:
+        select, join = "select_samples_to_pack", "pack_selected_samples"
+        found["pack"] = [select, *own("postencode_sample"), join]
+    if group := own("batch_group_criterion"):
+        found["group"] = group
+    if group or dataset.batch_size is not None:
+        found["batch"] = ["batch", *own("encode_batch")]
+    return found
+
+
+def lifts(dataset: Dataset[Any], lane: int, epoch: int, guarded: Guard = guarded) -> list[Lift]:
     """The dataset's stages from keys to batches, each lifted to work on streams.
 
     This is the table that maps the task encoder's methods to stages. Where they draw random
@@ -324,15 +370,12 @@ def lifts(dataset: Dataset[Any], lane: int, epoch: int) -> list[Lift]:
 
         return stages.Cooker(guard(call, "cook", marks), cooker.has_subflavors)
 
-    encoding = ["preencode_sample", "encode_sample"]
-    if dataset.packing_buffer_size is None:
-        encoding.append("postencode_sample")
     cookers = [cooked(cooker) for cooker in getattr(encoder, "cookers", ())]
     lifted = [
         lift(
             partial(load, dataset, lane, guard),
             *([stages.cook(cookers)] if cookers else []),
-            *each(of_sample, *encoding),
+            *each(of_sample, *steps(dataset)["encode"]),
             numbered,
             name="encode_sample",
         )
@@ -402,6 +445,7 @@ def load(
     keys: or, where threads read ahead, pairs of a key and the future of what :func:`read` gives.
     """
     here, lanes, threads = position.here, dataset.order.lanes, dataset.threads
+    meter, counts = here.meters["load"], here.meters.counts
     made: Any = None
 
     def taken(raw: dict[str, Any]) -> Any:
@@ -423,16 +467,38 @@ def load(
         here.sample_index, here.order = count * lanes + lane, here.where
         count += 1
         here.stage, here.item = "load", key
-        here.steps += 1
+        calls = meter.calls = meter.calls + 1
         if threads:
-            n, raw, made = future.result()
+            asked = perf_counter()
+            n, raw, made, loading, here.elsewhere = future.result()
+            counts["waiting"] += perf_counter() - asked
+            counts["bytes"] += meter.took(loading) * bytes_in(raw)
+        elif calls >= meter.due:
+            start = perf_counter_ns()
+            n, raw = raw_sample(dataset, key)
+            counts["bytes"] += meter.took(perf_counter_ns() - start) * bytes_in(raw)
         else:
             n, raw = raw_sample(dataset, key)
         here.where, here.calls = key, 0
         try:
-            yield make(n)(raw)
+            sample = make(n)(raw)
         except SkipSample:
             continue
+        if threads:
+            here.elsewhere = 0
+        yield sample
+
+
+def bytes_in(raw: Mapping[str, Any]) -> int:
+    """How many bytes the parts of a raw sample have, in a join those of all.
+
+    >>> bytes_in({"__key__": "7", "txt": b"a rose", "jpg": b"..."})
+    9
+    """
+    joined = raw.get("__parts__", ())
+    return sum([len(part) for part in raw.values() if type(part) is bytes]) + sum(
+        bytes_in(one) for one in joined if one is not None
+    )
 
 
 def raw_sample(dataset: Dataset[Any], key: Key) -> tuple[int, dict[str, Any]]:
@@ -443,13 +509,19 @@ def raw_sample(dataset: Dataset[Any], key: Key) -> tuple[int, dict[str, Any]]:
     return n, raw
 
 
-def read(dataset: Dataset[Any], key: Key) -> tuple[int, dict[str, Any], Any]:
-    """:func:`raw_sample`, and the sample made of it or why it could not be: for a thread."""
+def read(dataset: Dataset[Any], key: Key) -> tuple[int, dict[str, Any], Any, int, int]:
+    """:func:`raw_sample`, and the sample made of it or why it could not be: for a thread.
+
+    With the nanoseconds that the two took.
+    """
+    start = perf_counter_ns()
     n, raw = raw_sample(dataset, key)
+    loaded = perf_counter_ns()
     try:
-        return n, raw, dataset.sources[n].make(raw, dataset.decoder)
+        made = dataset.sources[n].make(raw, dataset.decoder)
     except (Exception, SkipSample) as error:
-        return n, raw, error
+        made = error
+    return n, raw, made, loaded - start, perf_counter_ns() - loaded
 
 
 @cache

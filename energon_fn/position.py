@@ -7,9 +7,10 @@ what it hangs in.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
+
+from energon_fn.meters import Meters
 
 
 @dataclass
@@ -30,10 +31,10 @@ class Position:
     """What is being done."""
     item: Any = None
     """What it is done to."""
-    steps: int = 0
-    """Things done so far: while this grows, nothing hangs."""
-    counts: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Sums of what there is to report, such as packs and their fill."""
+    elsewhere: int = 0
+    """Nanoseconds that another thread spent on it, for what is done now."""
+    meters: Meters = field(default_factory=Meters)
+    """Where it is counted, and what else there is to report."""
 
 
 here = Position()
@@ -47,9 +48,8 @@ def at(where: object) -> None:
 def doing(stage: str, item: Any) -> None:
     """Say what is done to it."""
     here.stage, here.item = stage, item
-    here.steps += 1
 
 
 def count(what: str, amount: float) -> None:
     """Add to what there is to report."""
-    here.counts[what] += amount
+    here.meters.counts[what] += amount

@@ -18,22 +18,43 @@ from typing import Any, Self, TypeVar, dataclass_transform
 
 import torch
 
+from energon_fn.look.show import png
+from energon_fn.look.values import brief
+
 T = TypeVar("T")
+
+
+class _Shown:
+    """Told in a few words, :func:`brief`, and in a notebook shown as a picture if it has one."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Its own, as ``@dataclass`` writes one, which prints tensors, only where it finds none.
+        setattr(cls, "__repr__", cls.__repr__)  # noqa: B010 (mypy does not let a method be set)
+
+    def __repr__(self) -> str:
+        return brief(self)
+
+    def _repr_png_(self) -> bytes | None:
+        return png(self)
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(dataclasses.field,))
 def edataclass(cls: type[T]) -> type[T]:
     """Make a class a dataclass whose fields are all given by keyword.
 
-    A subclass may therefore add required fields after inherited fields with defaults.
+    A subclass may therefore add required fields after inherited fields with defaults. Its ``repr``
+    tells types, shapes and ranges unless it has its own, and a notebook shows its pictures.
 
     >>> @edataclass
     ... class AudioSample(Sample):
     ...     audio: torch.Tensor
     >>> AudioSample(__key__="a", audio=torch.zeros(2))
-    AudioSample(__key__='a', __restore_key__=(), __subflavors__=None, __sources__=None,
-                audio=tensor([0., 0.]))
+    AudioSample('a', audio: float32 (2,) 0)
     """
+    for name in ("__repr__", "_repr_png_"):
+        if name not in vars(cls) and not issubclass(cls, _Shown):
+            setattr(cls, name, getattr(_Shown, name))
     return dataclasses.dataclass(kw_only=True)(cls)
 
 
@@ -44,16 +65,17 @@ def key_of(item: Any) -> str | None:
     >>> key_of(a), key_of([a, b]), key_of(7)
     ('a', 'a .. b (2)', None)
     """
-    # It is asked for every sample: those are a dict with a key, an object with one, or a tensor.
-    fields = item if isinstance(item, dict) else getattr(item, "__dict__", None)
-    own = fields.get("__key__") if fields else None
-    if isinstance(own, str) or not (fields or isinstance(item, list | tuple)):
+    # It is asked for every sample, and not for its __dict__, which would have to be made.
+    own = item.get("__key__") if isinstance(item, dict) else getattr(item, "__key__", None)
+    if isinstance(own, str):
         return own
-    if isinstance(item, list | tuple):
-        own = [key for key in map(key_of, item) if key is not None]
-    elif own is None:
-        found: Any = item if isinstance(item, Mapping) else fields
-        own = found.get("__key__") or found.get("__keys__")
+    if own is None:
+        if isinstance(item, list | tuple):
+            own = [key for key in map(key_of, item) if key is not None]
+        elif hasattr(item, "keys") and isinstance(item, Mapping):
+            own = item.get("__key__") or item.get("__keys__")
+        else:
+            own = getattr(item, "__keys__", None)
     keys = list(own) if isinstance(own, list | tuple) else [own]
     if len(keys) > 1:
         return f"{keys[0]} .. {keys[-1]} ({len(keys)})"
@@ -113,7 +135,7 @@ def _inherited(cls: Any, base: Any) -> dict[str, Any]:
 
 
 @edataclass
-class Sample:
+class Sample(_Shown):
     """The bookkeeping fields of every sample. Inherit from it and add the data fields."""
 
     # Unique in its dataset: the path in the tar up to the base name's first dot
@@ -151,7 +173,7 @@ class Sample:
         >>> picture = ImageSample(__key__="a", image=torch.zeros(3, 2, 2))
         >>> label = ImageClassificationSample(__key__="a", image=torch.ones(3, 1, 1), label=7)
         >>> ImageClassificationSample.from_joined(label, picture)
-        ImageClassificationSample(__key__='a', ..., image=tensor([[[0., 0.], ...), label=7, ...)
+        ImageClassificationSample('a', image: float32 (3, 2, 2) 0, label: 7, None: label_name)
         """
         if named:
             raise TypeError(
@@ -330,7 +352,7 @@ class VidQASample(Sample):
     answer_weights: torch.Tensor | None = None
 
 
-class CrudeSample(dict[str, Any]):
+class CrudeSample(_Shown, dict[str, Any]):
     """A sample as it lies in the tar: part name -> decoded part, and the bookkeeping fields."""
 
     def __getattr__(self, name: str) -> Any:
@@ -363,7 +385,7 @@ SAMPLE_TYPES: dict[str, type] = {
 
 
 @edataclass
-class Batch:
+class Batch(_Shown):
     """The bookkeeping fields of a batch. Inherit from it and add the data fields.
 
     Inheriting is not needed: any dataclass, namedtuple or dict can be a batch. It brings
@@ -383,8 +405,8 @@ class Batch:
     def derive_from(cls, base_batch: Any, **fields: Any) -> Self:
         """A batch of this type with the bookkeeping of ``base_batch`` and the given fields.
 
-        >>> Batch.derive_from(Batch(__key__=["a", "b"]), __subflavors__=[{}, {}])
-        Batch(__key__=['a', 'b'], __restore_key__=(), __subflavors__=[{}, {}], __sources__=None)
+        >>> Batch.derive_from(Batch(__key__=["a", "b"]), __subflavors__=[{}, {}]).__subflavors__
+        [{}, {}]
         """
         return cls(**{**_inherited(cls, base_batch), **fields})
 
@@ -399,8 +421,7 @@ class Batch:
         ...     lengths: torch.Tensor
         >>> samples = [TextSample(__key__=k, text=k * 3) for k in "ab"]
         >>> TextBatch.from_samples(samples, lengths=torch.tensor([len(s.text) for s in samples]))
-        TextBatch(__key__=['a', 'b'], __restore_key__=((), ()), __subflavors__=[None, None],
-                  __sources__=None, lengths=tensor([3, 3]))
+        TextBatch('a' .. 'b' (2), lengths: int64 (2,) 3)
         """
         known = [basic_sample_keys(sample) for sample in samples]
         collected = {

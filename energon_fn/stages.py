@@ -24,14 +24,14 @@ from functools import partial, wraps
 from inspect import signature
 from itertools import islice
 from types import GeneratorType
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 from energon_fn.collation import collate as default_collate
 from energon_fn.decoding import decoder
 from energon_fn.errors import DatasetError, SkipSample
 from energon_fn.samples import CrudeSample
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Any)  # any type; so bound, it is Any to a checker where nothing tells it
 U = TypeVar("U")
 P = ParamSpec("P")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -78,7 +78,7 @@ def _make(name: Callable[..., Stage[T, U]], args: Any, kwargs: Any) -> Stage[T, 
 
 def stage(
     transform: Callable[Concatenate[Iterable[T], P], Iterable[U]],
-) -> Callable[P, Stage[T, U]]:
+) -> Callable[P, Callable[[Iterable[T]], Iterable[U]]]:
     """Make ``transform(items, *args)`` a stage: called with ``args``, it waits for its items.
 
     >>> @stage
@@ -106,6 +106,37 @@ def stage(
     return make
 
 
+class OfEach(Protocol):
+    """The type of a stage whose function takes single items and gives one, or yields many."""
+
+    @overload
+    def __call__(self, fn: Callable[[T], Iterator[U]]) -> Callable[[Iterable[T]], Iterable[U]]: ...
+    @overload
+    def __call__(self, fn: Callable[[T], U]) -> Callable[[Iterable[T]], Iterable[U]]: ...
+
+
+class OfLists(Protocol):
+    """The type of a stage whose function takes lists of items and gives one, or yields many."""
+
+    @overload
+    def __call__(
+        self, batch_size: int, *, drop_last: bool = False
+    ) -> Callable[[Iterable[Any]], Iterable[Any]]: ...
+    @overload
+    def __call__(
+        self, batch_size: int, collate: Callable[[list[T]], Iterator[U]], *, drop_last: bool = False
+    ) -> Callable[[Iterable[T]], Iterable[U]]: ...
+    @overload
+    def __call__(
+        self, batch_size: int, collate: Callable[[list[T]], U], *, drop_last: bool = False
+    ) -> Callable[[Iterable[T]], Iterable[U]]: ...
+
+
+# To tell one from many takes an overload.
+_stage_of_each = cast(Callable[[Callable[..., Any]], OfEach], stage)
+_stage_of_lists = cast(Callable[[Callable[..., Any]], OfLists], stage)
+
+
 def _check(name: str, size: int, least: int = 1) -> None:
     if size < least:
         raise ValueError(f"{name} is {size}; it must be {least} or more")
@@ -117,18 +148,20 @@ def apply(fn: Callable[[T], U | Iterator[U]], item: T) -> Iterator[U]:
     >>> list(apply(lambda n: n + 1, 1)), list(apply(lambda n: (m for m in range(n)), 3))
     ([2], [0, 1, 2])
     """
+    skipped = SkipSample  # when Python ends, globals may go before a generator is closed
     try:
         result = fn(item)
         if isinstance(result, GeneratorType):
             yield from result
         else:
             yield cast(U, result)
-    except SkipSample:
+    except skipped:
         return
 
 
 def _each(items: Iterable[T], fn: Callable[[T], U | Iterator[U]]) -> Iterator[U]:
     # apply() written out: this loop is the one that runs for every sample.
+    skipped = SkipSample
     for item in items:
         try:
             result = fn(item)
@@ -136,7 +169,7 @@ def _each(items: Iterable[T], fn: Callable[[T], U | Iterator[U]]) -> Iterator[U]
                 yield from result
             else:
                 yield cast(U, result)
-        except SkipSample:
+        except skipped:
             continue
 
 
@@ -153,7 +186,7 @@ def decode(image: str | None = "torchrgb", **options: Any) -> Stage[dict[str, An
     return Stage(decode, lambda items, *_, **__: _each(items, fn), (image,), options)
 
 
-@stage
+@_stage_of_each
 def encode_sample(items: Iterable[T], fn: Callable[[T], U | Iterator[U]]) -> Iterator[U]:
     """Transform single samples, say augment the image and tokenize the text.
 
@@ -165,7 +198,7 @@ def encode_sample(items: Iterable[T], fn: Callable[[T], U | Iterator[U]]) -> Ite
     return _each(items, fn)
 
 
-@stage
+@_stage_of_each
 def preencode_sample(items: Iterable[T], fn: Callable[[T], U | Iterator[U]]) -> Iterator[U]:
     """The part of :func:`encode_sample` that runs before packing, on every sample.
 
@@ -175,7 +208,7 @@ def preencode_sample(items: Iterable[T], fn: Callable[[T], U | Iterator[U]]) -> 
     return _each(items, fn)
 
 
-@stage
+@_stage_of_each
 def postencode_sample(items: Iterable[T], fn: Callable[[T], U | Iterator[U]]) -> Iterator[U]:
     """The part of :func:`encode_sample` for selected samples; :func:`pack` takes it, too.
 
@@ -185,7 +218,7 @@ def postencode_sample(items: Iterable[T], fn: Callable[[T], U | Iterator[U]]) ->
     return _each(items, fn)
 
 
-@stage
+@_stage_of_each
 def encode_batch(items: Iterable[T], fn: Callable[[T], U | Iterator[U]]) -> Iterator[U]:
     """Transform whole batches, say tokenize all texts at once.
 
@@ -300,8 +333,8 @@ def limit(items: Iterable[T], length: int) -> Iterator[T]:
 def shuffle(items: Iterable[T], buffer_size: int, seed: int = 0) -> Iterator[T]:
     """Hold ``buffer_size`` items and emit a random one of them each time.
 
-    The order depends on ``seed`` alone. Datasets shuffle on keys instead (:mod:`energon_fn.plan`),
-    where the buffer holds no samples; this one is for iterables whose future is not known.
+    The order depends on ``seed`` alone. Datasets shuffle on keys instead, where the buffer holds no
+    samples (:mod:`energon_fn.order.plan`); this one is for iterables whose future is not known.
 
     >>> sorted(shuffle(3, seed=1)(range(6)))
     [0, 1, 2, 3, 4, 5]
@@ -332,7 +365,7 @@ class PackedSamplesOutput(list[list[T]]):
 
     def __init__(self, packs: Iterable[list[T]], pushback: Iterable[T] = ()):
         super().__init__(packs)
-        self.pushback = list(pushback)
+        self.pushback: list[T] = list(pushback)
 
     @property
     def packs(self) -> list[list[T]]:
@@ -389,6 +422,7 @@ def pack(
                 f"the function that selects samples to pack gave back all {buffer_size} of a full "
                 "buffer: it must select or drop some. Or let buffer_size be larger"
             )
+        buffer = []  # let go of these before others fill it
 
 
 def _selected(
@@ -420,7 +454,7 @@ def _selected(
         return
 
 
-@stage
+@_stage_of_lists
 def batch(
     items: Iterable[T],
     batch_size: int,
@@ -440,6 +474,7 @@ def batch(
     while group := list(islice(items, batch_size)):
         if len(group) == batch_size or not drop_last:
             yield from apply(collate, group)
+        group = []  # let go of these before others are made
 
 
 @stage

@@ -8,8 +8,8 @@ not overridden is not called.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, ClassVar, Protocol, TypeVar, cast, overload
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast, overload
 
 from energon_fn.collation import collate, generic_batch
 from energon_fn.position import here
@@ -134,7 +134,7 @@ class DefaultTaskEncoder(TaskEncoder[T_sample, T_encoded_sample, T_raw_batch, T_
         self,
         samples: list[T_encoded_sample],
         result_type: type[T_raw_batch] | None = None,
-        actions: dict[str, Callable[[list[Any]], Any]] | None = None,
+        actions: Mapping[str, Callable[[list[Any]], Any]] | None = None,
         default_action: Callable[[list[Any]], Any] = generic_batch,
     ) -> T_raw_batch:
         """Collate ``samples`` field by field; see :func:`energon_fn.collate`."""
@@ -174,16 +174,17 @@ class AugmentTaskEncoder(DefaultTaskEncoder[T_sample, T_encoded_sample, T_raw_ba
         if type(self).decoder is None:
             self.decoder = getattr(task_encoder, "decoder", None)
 
-    cook_crude_sample = _delegate("cook_crude_sample")
-    encode_sample = _delegate("encode_sample")
-    preencode_sample = _delegate("preencode_sample")
-    postencode_sample = _delegate("postencode_sample")
-    select_samples_to_pack = _delegate("select_samples_to_pack")
-    pack_selected_samples = _delegate("pack_selected_samples")
-    batch_group_criterion = _delegate("batch_group_criterion")
-    batch = _delegate("batch")
-    encode_batch = _delegate("encode_batch")
-    _batch = _delegate("_batch")
+    if not TYPE_CHECKING:  # to a checker they are those it inherits
+        cook_crude_sample = _delegate("cook_crude_sample")
+        encode_sample = _delegate("encode_sample")
+        preencode_sample = _delegate("preencode_sample")
+        postencode_sample = _delegate("postencode_sample")
+        select_samples_to_pack = _delegate("select_samples_to_pack")
+        pack_selected_samples = _delegate("pack_selected_samples")
+        batch_group_criterion = _delegate("batch_group_criterion")
+        batch = _delegate("batch")
+        encode_batch = _delegate("encode_batch")
+        _batch = _delegate("_batch")
 
 
 def convert(thing: Any, result_type: type[Any] | None) -> Any:

@@ -3,11 +3,12 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import hypothesis
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from energon_fn import errors
+from energon_fn import errors, prepare_dataset, write_dataset_yaml
 
 # Where tests are run in the background, Ctrl-C is ignored; some of them press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -35,14 +36,19 @@ def jpeg(seed: int = 0, size: tuple[int, int] = (24, 16)) -> bytes:
     return file.getvalue()
 
 
-def write_tar(path: Path, samples: Sequence[tuple[str, Parts]]) -> None:
+def write_members(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w:gz" if path.suffix in (".gz", ".tgz") else "w") as tar:
-        for key, parts in samples:
-            for part, data in parts.items():
-                member = tarfile.TarInfo(f"{key}.{part}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def write_tar(path: Path, samples: Iterable[tuple[str, Parts]]) -> None:
+    write_members(
+        path, [(f"{key}.{part}", data) for key, parts in samples for part, data in parts.items()]
+    )
 
 
 def numbered(n: int) -> Parts:
@@ -60,6 +66,53 @@ def shards(
         write_tar(folder / names[-1], [(f"{i:05d}", parts(i)) for i in range(n, n + count)])
         n += count
     return names
+
+
+def prepare(folder: Path, names: list[str], *ratio: tuple[str, float]) -> None:
+    """Index and split, by default all to "train", in the shards' order."""
+    split = list(ratio) or [("train", 1), ("val", 0)]
+    prepare_dataset(folder, names, split_parts_ratio=split, shuffle_seed=None, workers=1)
+
+
+def pet(n: int) -> Parts:
+    """A picture of its own size, its caption and more."""
+    detail = {"caption": f"pet {n}", "words": ["pet", str(n)], "size": {"width": 8 + 4 * (n % 3)}}
+    return {
+        "jpg": jpeg(n, (8 + 4 * (n % 3), 6 + 2 * (n % 2))),
+        "txt": f"pet {n}".encode(),
+        "cls": str(n % 4).encode(),
+        "detail.json": json.dumps(detail).encode(),
+    }
+
+
+def size_of(n: int) -> tuple[int, int, int]:
+    return 3, 6 + 2 * (n % 2), 8 + 4 * (n % 3)
+
+
+# What a test does to its folder begins with a copy, not with drawing pictures.
+
+
+@pytest.fixture(scope="session")
+def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """10 captioned pictures in three shards, prepared: two shards to train on."""
+    folder = tmp_path_factory.mktemp("pets")
+    prepare(folder, shards(folder, (4, 3, 3), pet), ("train", 2), ("val", 1))
+    write_dataset_yaml(folder, "CaptioningSample", {"image": "jpg", "caption": "txt"})
+    return folder
+
+
+@pytest.fixture
+def own_pets(pets: Path, tmp_path: Path) -> Path:
+    """The same in a folder that may be changed."""
+    return Path(shutil.copytree(pets, tmp_path / "pets"))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 numbered samples in two shards, not prepared."""
+    path = tmp_path_factory.mktemp("numbers")
+    shards(path, (5, 7))
+    return path
 
 
 @pytest.fixture(scope="session")

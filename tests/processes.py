@@ -150,6 +150,16 @@ def interrupt(process: subprocess.Popen[str], whole_group: bool) -> None:
     (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
 
 
+def check_ctrl_c(process: subprocess.Popen[str], whole_group: bool) -> None:
+    """Once it has started two others, Ctrl-C ends the process in order, and them with it."""
+    wait_for_children(process, 2)
+    interrupt(process, whole_group)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err == "\ninterrupted\n"
+    assert group_is_empty(process.pid)
+
+
 def group_is_empty(group: int) -> bool:
     """Whether no process of the group is left."""
     try:

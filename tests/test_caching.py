@@ -31,6 +31,7 @@ from energon_fn import CrudeSample, SkipSample, SourceInfo, TextSample, basic_sa
 from energon_fn.caching import CachePool, FileStoreCachePool, Lazy, NoCachePool, remove_leftovers
 from energon_fn.decoding import decoder
 from energon_fn.errors import DatasetError, SampleError
+from energon_fn.processes.workers import Pool, PoolOptions
 from energon_fn.stages import Cooker, batch, cook, cooker, pack
 from energon_fn.stores import (
     DecodeFileStore,
@@ -39,7 +40,6 @@ from energon_fn.stores import (
     SystemFileStore,
     cooker_arguments,
 )
-from energon_fn.workers import Pool, PoolOptions
 
 GIB = 2**30
 
@@ -221,7 +221,7 @@ def test_what_comes_back_is_of_its_type_and_may_be_changed(pool: CachePool) -> N
     clip = pool.to_cache(Clip(torch.zeros(2, 3), "clip"), "it").get()
     assert isinstance(clip, Clip)
     clip.frames += 1
-    assert clip == Clip(clip.frames, "clip")
+    assert clip.name == "clip"
     assert clip.frames.sum() == 6
     assert pool.to_cache(np.arange(3), "it").get().flags.writeable
 

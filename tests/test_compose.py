@@ -38,8 +38,8 @@ from energon_fn import (
     subset,
     using,
 )
-from energon_fn.mixing import Blend, beginning, keys, leaves
-from energon_fn.plan import Plan
+from energon_fn.order.mixing import Blend, beginning, keys, leaves
+from energon_fn.order.plan import Plan
 
 
 @pytest.fixture(scope="module")
@@ -496,6 +496,32 @@ def test_what_was_drawn_of_an_epoch_that_ended(sources: dict[str, Source]) -> No
     name = f"{sources['a'].path} + {sources['b'].path}"
     assert sum(1 for _ in one) + 8 == 9  # one lane has five samples, the others four
     assert one.drawn() == {name: 17}
+
+
+def test_what_validation_draws_counts_from_the_beginning_of_its_epoch(
+    sources: dict[str, Source],
+) -> None:
+    dataset = get_val_dataset(
+        concat([sources["a"], sources["b"]]),
+        batch_size=2,
+        task_encoder=encoder(Stages()),
+        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0, lanes=4),
+    )
+    one, name = get_loader(dataset), f"{sources['a'].path} + {sources['b'].path}"
+    for _epoch in range(3):
+        count = 0
+        for batch in one:
+            count += len(batch)
+            assert one.drawn() == {name: count}
+        assert count == 17
+
+
+def test_what_was_drawn_of_one_folder_in_several_parts(sources: dict[str, Source]) -> None:
+    parts = [subset(*part)(sources["a"]) for part in ((0, 2), (2, 5), (5, "end"))]
+    one = loader(blend([(part, n) for n, part in enumerate(parts, 1)]))
+    words(one, 30)
+    path = sources["a"].path
+    assert one.drawn() == {path: 10, f"{path} (2)": 20, f"{path} (3)": 30}
 
 
 class Fitting(DefaultTaskEncoder[Any, Any, Any, Any]):

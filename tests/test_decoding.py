@@ -527,7 +527,7 @@ def test_many_threads_decode_the_same_as_one() -> None:
 
 def test_the_import_is_cheap() -> None:
     code = (
-        "import sys, energon_fn.decoding, energon_fn.demo, energon_fn.sheet;"
+        "import sys, energon_fn.decoding, energon_fn.demo, energon_fn.look;"
         "print([m for m in ('webdataset', 'torchvision', 'av', 'simplejpeg') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

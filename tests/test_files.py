@@ -15,6 +15,7 @@ from energon_fn.errors import DatasetError
 @pytest.fixture(autouse=True)
 def _nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_open_shards", {})
+    monkeypatch.setattr(files, "_unpacked", {})
 
 
 def descriptors() -> int:
@@ -91,7 +92,7 @@ def test_decompressed_shards_make_room_for_others(
     assert files.read_at(tmp_path / "a.tgz", 3, 4) == b"3456"
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
     assert files.read_at(tmp_path / "b.tgz", 3, 4) == b"3456"
-    assert list(files._open_shards) == [str(tmp_path / "b.tgz")]
+    assert list(files._unpacked) == [str(tmp_path / "b.tgz")]
 
 
 def test_a_replaced_file_is_noticed_when_its_size_is_asked(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import pytest
 from conftest import jpeg, shards, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import group_is_empty, interrupt, run, run_on_terminal, start, wait_for_children
+from processes import check_ctrl_c, run, run_on_terminal, start
 
 from energon_fn import open_source
 from energon_fn.disk.prepare import prepare_dataset, write_dataset_yaml
-from energon_fn.lint import BadSample, lint, open_shards
+from energon_fn.failures.lint import BadSample, lint, open_shards
 
 JPEG = jpeg()
 BROKEN: dict[str, tuple[dict[str, bytes], str]] = {
@@ -183,12 +183,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("whole_group", [True, False])
 def test_ctrl_c_leaves_nothing_behind(whole_group: bool, many: Path) -> None:
     process = start("lint", many, "--num-workers", "2")
-    wait_for_children(process, 2)
-    interrupt(process, whole_group)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert err == "\ninterrupted\n"
-    assert group_is_empty(process.pid)
+    check_ctrl_c(process, whole_group)
 
 
 def test_a_worker_that_dies_is_an_error(cats: Path) -> None:

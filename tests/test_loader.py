@@ -4,7 +4,10 @@ import dataclasses
 import itertools
 import logging
 import multiprocessing
+import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -15,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import jpeg, numbered, shards, write_tar
+from conftest import jpeg, numbered, prepare, shards, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,10 +29,14 @@ from energon_fn import (
     SkipSample,
     WorkerConfig,
     get_loader,
+    get_savable_loader,
     get_train_dataset,
     get_val_dataset,
     reraise_exception,
+    write_dataset_yaml,
 )
+from energon_fn.pipeline import executor
+from energon_fn.processes.outbox import MESSAGE_BYTES
 
 ONE = WorkerConfig(rank=0, world_size=1, num_workers=0)
 
@@ -96,7 +103,9 @@ def train(folder: Path, config: WorkerConfig = ONE, **options: Any) -> Any:
         "max_samples_per_sequence": 4,
         "task_encoder": Numbers(),
     }
-    return get_loader(get_train_dataset(folder, worker_config=config, **{**defaults, **options}))
+    threads = options.pop("threads", None)
+    dataset = get_train_dataset(folder, worker_config=config, **{**defaults, **options})
+    return get_loader(dataset, threads=threads)
 
 
 def val(folder: Path, config: WorkerConfig = ONE, **options: Any) -> Any:
@@ -590,14 +599,86 @@ def test_a_decoder_may_skip_samples(folder: Path, threads: int) -> None:
     assert found == list(range(0, 41, 3))
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_datasets_own_code_may_skip_samples(
+    tmp_path: Path, threads: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare(tmp_path, shards(tmp_path, (20,)))
+    loader, _ = write_dataset_yaml(tmp_path, "TextSample", parts=["json", "txt"])
+    loader.write_text(
+        "from energon_fn import SkipSample\n"
+        "def sample_loader(raw):\n"
+        "    if raw['json']['n'] % 3:\n"
+        "        raise SkipSample\n"
+        "    return {'text': raw['txt']}\n"
+        "def part_filter(part):\n"
+        "    return True\n"
+    )
+    dataset = get_val_dataset(
+        tmp_path, batch_size=None, split_part="train", worker_config=ONE, trust_dataset_code=True
+    )
+    found = [sample.text for sample in get_loader(dataset, threads=threads)]
+    assert found == [f"caption {n}" for n in range(0, 20, 3)]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("leave", ["close", "forget"])
+def test_reads_ahead_are_called_off_when_the_loader_goes(folder: Path, leave: str) -> None:
+    gate, read = threading.Event(), list[str]()
+
+    def waiting(raw: dict[str, Any]) -> dict[str, Any]:
+        read.append(raw["__key__"])
+        if len(read) > 5:
+            assert gate.wait(20)
+        return {**raw, "json": {"n": 0}}
+
+    dataset = get_train_dataset(
+        folder, batch_size=1, task_encoder=Numbers(), worker_config=ONE, decoder=waiting
+    )
+    loader = get_loader(dataset, threads=2)
+    assert len(list(itertools.islice(loader, 5))) == 5
+    # Now each thread is at one, or will be; the two behind these wait for their turn.
+    loader.close() if leave == "close" else None
+    del loader
+    gate.set()
+    executor(2, os.getpid()).submit(lambda: None).result(20)
+    assert len(read) <= 5 + 2
+
+
+LEAVING = """
+import atexit, itertools, sys, time
+sys.path.insert(0, {here!r})
+from test_loader import Numbers, train
+read = []
+def slow(raw):
+    read.append(raw["__key__"])
+    if len(read) > 5:
+        time.sleep(1)
+    return {{**raw, "json": {{"n": 0}}}}
+atexit.register(lambda: print(len(read)))
+for n, batch in enumerate(train({folder!r}, batch_size=1, decoder=slow, threads=2), 1):
+    if n == 5:
+        raise RuntimeError("loss is nan")
+"""
+
+
+def test_a_process_ends_with_the_reads_that_were_begun(folder: Path) -> None:
+    script = LEAVING.format(here=str(Path(__file__).parent), folder=str(folder))
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert int(done.stdout) <= 5 + 2  # one of each thread
+    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.rstrip().endswith("RuntimeError: loss is nan")
+
+
 def test_workers_read_no_further_ahead_with_every_epoch(folder: Path) -> None:
     made = multiprocessing.get_context("fork").Value("i", 0)
 
     class Counting(Numbers):
-        def batch(self, samples: list[int]) -> list[int]:
+        def batch(self, samples: list[int]) -> Any:
             with made.get_lock():
                 made.value += 1
-            return samples
+            return np.zeros(MESSAGE_BYTES, np.uint8)  # small ones would go together
 
     one = WorkerConfig(rank=0, world_size=1, num_workers=1)
     dataset = get_val_dataset(
@@ -621,3 +702,13 @@ def test_a_wrong_number_of_threads_is_told(folder: Path, threads: Any) -> None:
     dataset = get_train_dataset(folder, batch_size=2, worker_config=ONE)
     with pytest.raises(ValueError, match=r"threads is .*; it must be 0 or more"):
         get_loader(dataset, threads=threads)
+
+
+def test_the_published_name_takes_what_is_not_needed_here(folder: Path) -> None:
+    dataset = get_train_dataset(folder, batch_size=3, task_encoder=Numbers(), worker_config=ONE)
+    loader = get_savable_loader(
+        dataset, checkpoint_every_sec=60, n_checkpoints=3, watchdog_initial_timeout_seconds=9
+    )
+    assert next(iter(loader)) == next(iter(get_loader(dataset)))
+    with pytest.raises(TypeError, match="checkpoint_every"):
+        get_savable_loader(dataset, checkpoint_every=60)

@@ -22,7 +22,9 @@ from conftest import write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from energon_fn.compose import (
+from energon_fn.disk.prepare import prepare_dataset, write_dataset_yaml
+from energon_fn.errors import DatasetError
+from energon_fn.recipes.compose import (
     Blend,
     Concat,
     Epochized,
@@ -37,9 +39,7 @@ from energon_fn.compose import (
     subset,
     using,
 )
-from energon_fn.disk.prepare import prepare_dataset, write_dataset_yaml
-from energon_fn.errors import DatasetError
-from energon_fn.metadataset import is_metadataset, read_metadataset, splits_of
+from energon_fn.recipes.metadataset import is_metadataset, read_metadataset, splits_of
 
 V1 = "__module__: megatron.energon\n__class__: Metadataset\n"
 V2 = "__module__: megatron.energon\n__class__: MetadatasetV2\n"

@@ -1,7 +1,9 @@
 """Mixed orders: every position exact, every count exact, every dataset spread evenly."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from itertools import islice, pairwise
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from energon_fn.mixing import (
+from energon_fn.order.mixing import (
     STEPS,
     Blend,
     Order,
@@ -23,7 +25,7 @@ from energon_fn.mixing import (
     leaves,
     state_after,
 )
-from energon_fn.plan import Plan
+from energon_fn.order.plan import Plan
 
 
 def rising(step: int) -> float:
@@ -196,6 +198,85 @@ def test_a_blends_next_epoch_is_another_order() -> None:
         )
         assert not {*first} & {*second}
         assert [index for _, index in first] != [index for _, index in second]
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_a_blend_that_is_there_twice_goes_its_own_way_each_time(random: bool) -> None:
+    """Drawn alike, what is rare in both would always come together."""
+
+    def picks(seed: int) -> list[list[int]]:
+        parts = [blend_of(Fraction(1), Fraction(4), random=random, seed=seed) for _ in range(2)]
+        moved = tuple(replace(plan, first=plan.first + 14) for plan in leaves(parts[1]))
+        both = Blend((parts[0], replace(parts[1], parts=moved)), (Fraction(1),) * 2, 1, seed)
+        found: list[list[int]] = [[], []]
+        for (_, index), _ in islice(keys(both, 0), 40):
+            found[index // 14].append(index // 7 % 2)
+        return found
+
+    alike = [first == second for first, second in map(picks, range(20))]
+    assert not any(alike) if random else sum(alike) < 10  # of five ways to be spread evenly
+
+
+def test_a_curriculum_that_is_there_twice_goes_its_own_way_each_time() -> None:
+    def picks(first: int) -> list[int]:
+        parts = [Plan((7,), shuffle=True, repeat=True, first=first + 7 * n) for n in range(2)]
+        blend = Blend(tuple(parts), (lambda step: 1, lambda step: 2), 1, 0)
+        return [(index - first) // 7 for (_, index), _ in islice(keys(blend, 0), 40)]
+
+    assert len({tuple(picks(14 * n)) for n in range(9)}) > 1
+
+
+def far_orders() -> dict[str, Order]:
+    a, b = (Plan((7, 5), 8, shuffle=True, repeat=True, first=12 * n) for n in range(2))
+    amounts = Fraction(1), Fraction(1, 3)
+    return {
+        "plan": a,
+        "windowed": replace(a, window=5, sequence=2),
+        "in order": Plan((7, 5), 8, repeat=True, block=2),
+        "rounds": Rounds((a, b), amounts, 8, 0, repeat=True),
+        "rounds of a blend": Rounds((Blend((a, b), amounts, 8, 0),), (Fraction(2),), 8, 0, True),
+        "blend": Blend((a, b), amounts, 8, 0),
+        "blend of rounds": Blend((Rounds((a,), (Fraction(1, 5),), 8, 0, True), b), amounts, 8, 0),
+    }
+
+
+def calls_of(function: Callable[[], object], most: float = float("inf")) -> int:
+    """How many Python functions were called on the way. Raises for more than ``most``."""
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > most:
+            raise AssertionError(f"more than {most} calls")
+
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.parametrize("name", far_orders())
+def test_a_place_far_in_is_exact_and_no_longer_way_than_one_near(name: str) -> None:
+    order, lane, steps = far_orders()[name], 3, 40
+
+    def look_around(count: int) -> None:
+        state = state_after(order, lane, count)
+        counts = drawn(order, lane, state)
+        assert sum(counts) == count
+        found = list(islice(keys(order, lane, state), steps))
+        for n, (_, after) in enumerate(found, 1):
+            assert after == state_after(order, lane, count + n)
+        came = Counter((index // 12, index // 12 * 12) for (_, index), _ in found)
+        more = drawn(order, lane, found[-1][1])
+        assert [b - a for a, b in zip(counts, more, strict=True)] == [
+            came[n, leaf.first] for n, leaf in enumerate(leaves(order))
+        ]
+
+    near = calls_of(lambda: look_around(20))
+    calls_of(lambda: look_around(10**6 + 1), most=4 * near)
 
 
 def test_many_parts_and_long_ways_cost_little() -> None:

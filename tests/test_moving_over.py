@@ -25,7 +25,7 @@ from energon_fn import WorkerConfig, get_loader, get_train_dataset, get_val_data
 from energon_fn.disk.jsonl import prepare_jsonl
 from energon_fn.disk.prepare import prepare_dataset, write_dataset_yaml
 from energon_fn.errors import DatasetError
-from energon_fn.opening import open_recipe, prepare_metadataset
+from energon_fn.recipes.opening import open_recipe, prepare_metadataset
 
 PACKAGES = {"theirs": "megatron.energon", "ours": "energon_fn"}
 

@@ -11,12 +11,12 @@ import pytest
 from conftest import shards, write_tar
 
 from energon_fn import blend, blend_epochized, concat, join, subset, using
-from energon_fn.compose import Blend, Epochized, Join, Subset, Using
 from energon_fn.disk import files
 from energon_fn.disk.prepare import prepare_dataset, write_dataset_yaml
 from energon_fn.errors import DatasetError
-from energon_fn.opening import open_recipe, prepare_metadataset
-from energon_fn.outline import Node, outline
+from energon_fn.recipes.compose import Blend, Epochized, Join, Subset, Using
+from energon_fn.recipes.opening import open_recipe, prepare_metadataset
+from energon_fn.recipes.outline import Node, outline
 
 HEAD = "__module__: megatron.energon\n__class__: MetadatasetV2\nsplits:\n"
 JOINER = "joiner: {__module__: no_such_module, __class__: Pair}"

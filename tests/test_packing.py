@@ -331,11 +331,11 @@ def test_the_fill_is_the_mean_share_of_each_budget() -> None:
 
 @each_maker
 def test_what_goes_out_is_counted_for_the_report(make: Any) -> None:
-    position.here.counts.clear()
+    position.here.meters.counts.clear()
     select = make(both, (20, 4), min_fill=0.9)
     packs = [*select([Doc(0, 20), Doc(1, 5, 3), Doc(2, 4)]), *select([Doc(2, 4), Doc(3, 6)])]
     fills = [max(float(used(p)) / 20, float(used(p, "images")) / 4) for p in packs]
-    assert position.here.counts == {"packs": len(packs), "fill": sum(fills)}
+    assert position.here.meters.counts == {"packs": len(packs), "fill": sum(fills)}
 
 
 # --- in the stage and in a loader ----------------------------------------------------------------

@@ -6,7 +6,7 @@ from itertools import islice, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from energon_fn.plan import Plan, keys, lane_count, lane_size
+from energon_fn.order.plan import Plan, keys, lane_count, lane_size
 
 plans = st.builds(
     Plan,
@@ -22,7 +22,7 @@ plans = st.builds(
 )
 
 
-@given(plans, st.integers(0, 9))
+@given(plans, st.integers(0, 9) | st.integers(10**6, 10**6 + 9))
 def test_every_sample_once_over_all_lanes(plan: Plan, epoch: int) -> None:
     lanes = [[key for key, _ in keys(plan, lane, (epoch, 0))] for lane in range(plan.lanes)]
     assert [len(lane) for lane in lanes] == [

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import random
 import sqlite3
 import struct
-import tarfile
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_members
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,19 +33,10 @@ from energon_fn.samples import SAMPLE_TYPES, OCRSample
 RATIO = [("train", 2), ("val", 1), ("test", 0)]
 
 
-def write_tar(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as tar:
-        for name, data in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
 def three_shards(folder: Path) -> list[str]:
     names = ["s_0.tar", "s_1.tar", "s_2.tar"]
     for n, name in enumerate(names):
-        write_tar(folder / name, [
+        write_members(folder / name, [
             (f"{n}/{key}.{part}", f"{n}{key}{part}".encode())
             for key in ("a", "b") for part in ("txt", "detail.json")
         ])  # fmt: skip
@@ -113,7 +103,7 @@ def test_published_name(tmp_path: Path) -> None:
 def test_compressed_shards_and_folders(tmp_path: Path) -> None:
     names = ["deep/er/a.tar.gz", "b.tgz", "c.tar"]
     for i, name in enumerate(names):
-        write_tar(tmp_path / name, [(f"{i}/x.txt", b"text"), (f"{i}/y.jpg", b"picture")])
+        write_members(tmp_path / name, [(f"{i}/x.txt", b"text"), (f"{i}/y.jpg", b"picture")])
     parts, _ = prepare_dataset(tmp_path, names, split_parts_ratio=[("val", 1)])
     assert parts == {"txt", "jpg"}
     assert read_info(tmp_path) == dict.fromkeys(names, 2)
@@ -125,7 +115,7 @@ def test_braces_in_shards(tmp_path: Path) -> None:
     three_shards(tmp_path)
     prepare_dataset(tmp_path, ["s_{2..1}.tar"], split_parts_ratio=[("val", 1)], shuffle_seed=None)
     assert list(read_info(tmp_path)) == ["s_2.tar", "s_1.tar"]
-    write_tar(tmp_path / "odd{1,2}.tar", [("a.txt", b"")])
+    write_members(tmp_path / "odd{1,2}.tar", [("a.txt", b"")])
     prepare_dataset(tmp_path, ["odd{1,2}.tar"], split_parts_ratio=[("val", 1)])
     assert (
         read_split_config(tmp_path).shards("val") == ("odd{1,2}.tar",) == tuple(read_info(tmp_path))
@@ -151,7 +141,7 @@ def test_index_only(tmp_path: Path) -> None:
     split = tmp_path / ".nv-meta" / "split.yaml"
     split.write_text("split_parts: {mine: [s_0.tar]}")
     (tmp_path / "s_0.tar.idx").unlink()
-    write_tar(tmp_path / "s_1.tar", [("new.txt", b"")])
+    write_members(tmp_path / "s_1.tar", [("new.txt", b"")])
     old_uuid = (tmp_path / ".nv-meta" / "index.uuid").read_text()
 
     prepare_dataset(tmp_path, names, tar_index_only=True)
@@ -175,7 +165,7 @@ BROKEN = {
     "cut short": (cut_short, r"s_1\.tar.*cut short|s_1\.tar.*unexpected end"),
     "not a tar": (lambda d: (d / "s_2.tar").write_bytes(b"hello" * 300), r"s_2\.tar"),
     "missing": (lambda d: (d / "s_2.tar").unlink(), r"s_2\.tar does not exist"),
-    "empty": (lambda d: write_tar(d / "s_2.tar", []), r"s_2\.tar has no samples.*exclude it"),
+    "empty": (lambda d: write_members(d / "s_2.tar", []), r"s_2\.tar has no samples.*exclude it"),
 }
 
 
@@ -186,7 +176,7 @@ def test_a_broken_shard_leaves_everything(tmp_path: Path, what: str, prepared: b
     names = three_shards(tmp_path)
     if prepared:
         prepare_dataset(tmp_path, names, split_parts_ratio=[("mine", 1)], workers=1)
-    write_tar(tmp_path / "s_0.tar", [("changed.txt", b"so its .idx would change")])
+    write_members(tmp_path / "s_0.tar", [("changed.txt", b"so its .idx would change")])
     spoil(tmp_path)
     before = content(tmp_path)
     with pytest.raises(DatasetError, match=message):
@@ -199,7 +189,7 @@ def test_a_broken_shard_leaves_everything(tmp_path: Path, what: str, prepared: b
 def test_an_interrupt_leaves_everything(tmp_path: Path, after: int) -> None:
     names = three_shards(tmp_path)
     prepare_dataset(tmp_path, names, split_parts_ratio=[("mine", 1)], workers=1)
-    write_tar(tmp_path / "s_0.tar", [("changed.txt", b"so its .idx would change")])
+    write_members(tmp_path / "s_0.tar", [("changed.txt", b"so its .idx would change")])
     before = content(tmp_path)
 
     def interrupted(items: Iterable[Any], length: int) -> Iterator[Any]:
@@ -219,7 +209,7 @@ def test_an_interrupt_leaves_everything(tmp_path: Path, after: int) -> None:
 def test_duplicate_keys(tmp_path: Path, caplog: Any) -> None:
     names = three_shards(tmp_path)
     prepare_dataset(tmp_path, names, split_parts_ratio=[("mine", 1)])
-    write_tar(tmp_path / "s_1.tar", [("0/a.txt", b""), ("x.txt", b""), ("0/a.jpg", b"")])
+    write_members(tmp_path / "s_1.tar", [("0/a.txt", b""), ("x.txt", b""), ("0/a.jpg", b"")])
     before = content(tmp_path)
     with caplog.at_level(logging.ERROR):
         found = prepare_dataset(tmp_path, names, split_parts_ratio=RATIO)
@@ -408,7 +398,7 @@ def test_sample_loader_template(tmp_path: Path) -> None:
 
 
 def test_json_of_info_is_plain(tmp_path: Path) -> None:
-    write_tar(tmp_path / "ä ö.tar", [("a.txt", b"")])
+    write_members(tmp_path / "ä ö.tar", [("a.txt", b"")])
     prepare_dataset(tmp_path, ["ä ö.tar"], split_parts_ratio=[("val", 1)])
     content = json.loads((tmp_path / ".nv-meta" / ".info.json").read_bytes())
     assert content["shard_counts"] == {"ä ö.tar": 1}

@@ -12,8 +12,20 @@ from energon_fn.disk.prepare import prepare_dataset, write_dataset_yaml
 README = Path(__file__).parents[1] / "README.md"
 
 
+CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
+RECIPES = re.compile(r"## Beside other libraries\n.*?(?=\n## )", re.DOTALL)
+
+
 def examples() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    return CODE.findall(RECIPES.sub("", README.read_text()))
+
+
+def recipes() -> dict[str, str]:
+    """The recipes beside other libraries, by library, each behind what they have in common."""
+    (section,) = RECIPES.findall(README.read_text())
+    common, *recipes = CODE.findall(section)
+    library = re.compile(r"^(?:import|from) (\w+)")
+    return {library.findall(recipe)[0]: f"{common}\n{recipe}" for recipe in recipes}
 
 
 def demo_dataset(folder: Path) -> None:
@@ -31,7 +43,7 @@ def test_its_examples_run(
     monkeypatch.chdir(tmp_path)
     # The training script is run in test_distributed.py.
     short = [example for example in examples() if "save_state_global" not in example]
-    assert len(short) == len(examples()) - 1 == 3
+    assert len(short) == len(examples()) - 1 == 4
     for number, example in enumerate(short):
         # As a script, since workers send instances of its classes.
         script = tmp_path / f"example_{number}.py"

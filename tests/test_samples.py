@@ -40,6 +40,84 @@ def text_sample(key: str, **bookkeeping: Any) -> TextSample:
     return TextSample(__key__=key, text=f"text of {key}", **bookkeeping)
 
 
+# ----------------------------------------------------------------------------- as they are told
+
+
+@edataclass
+class Pictures(Batch):
+    images: torch.Tensor
+    texts: list[str]
+
+
+@dataclass
+class OwnDataclass(Sample):
+    tokens: torch.Tensor
+
+
+@edataclass
+class NoSample:
+    tokens: torch.Tensor
+
+
+@dataclass
+class OwnWords(Sample):
+    def __repr__(self) -> str:
+        return "my own words"
+
+
+@edataclass
+class InheritsWords(OwnWords):
+    tokens: torch.Tensor
+
+
+def test_repr_tells_types_shapes_and_ranges_and_no_numbers() -> None:
+    tokens = torch.arange(1000)
+    told = "tokens: int64 (1000,) 0..999"
+    assert repr(OwnDataclass(tokens, __key__="a")) == f"OwnDataclass('a', {told})"
+    assert repr(NoSample(tokens=tokens)) == f"NoSample({told})"
+    assert repr(CrudeSample(__key__="a", jpg=b"x" * 5000)) == "CrudeSample('a', jpg: 5.0 kB)"
+    batch = Pictures(__key__=["a", "b"], images=torch.ones(2, 3, 9, 9), texts=["a cat", "a dog"])
+    assert f"{batch}" == (
+        "Pictures('a' .. 'b' (2), images: float32 (2, 3, 9, 9) 1, texts: [\"a cat\", \"a dog\"])"
+    )
+
+
+def test_repr_that_a_class_has_of_its_own_stays() -> None:
+    assert repr(OwnWords(__key__="a")) == "my own words"
+    assert repr(InheritsWords(__key__="a", tokens=torch.ones(2))) == "my own words"
+
+    @edataclass
+    class Mine:
+        x: int
+
+        def __repr__(self) -> str:
+            return f"x is {self.x}"
+
+    assert repr(Mine(x=3)) == "x is 3"
+
+
+def test_repr_of_what_is_not_all_there() -> None:
+    sample = OwnDataclass.__new__(OwnDataclass)
+    assert repr(sample) == "OwnDataclass()"
+    del (half := text_sample("a")).text
+    assert repr(half) == "TextSample('a')"
+
+
+def test_a_notebook_shows_pictures_beside_the_text() -> None:
+    formatter = pytest.importorskip("IPython.core.formatters").DisplayFormatter()
+    for shown in (
+        CaptioningSample(__key__="a", image=torch.rand(3, 9, 9), caption="a cat"),
+        Pictures(__key__=["a"], images=torch.rand(1, 3, 9, 9), texts=["a cat"]),
+        NoSample(tokens=torch.rand(3, 9, 9)),
+        CrudeSample(__key__="a", jpg=torch.rand(3, 9, 9)),
+    ):
+        data, _ = formatter.format(shown)
+        assert data["text/plain"].replace("\n", "") == repr(shown).replace("\n", "")
+        assert data["image/png"].startswith(b"\x89PNG")
+    data, _ = formatter.format(text_sample("a"))
+    assert data.keys() == {"text/plain"}
+
+
 # ----------------------------------------------------------------------------- declaring types
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
 import os
@@ -8,7 +7,6 @@ import pickle
 import random
 import sqlite3
 import subprocess
-import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import combinations_with_replacement, groupby
@@ -17,6 +15,7 @@ from typing import Any
 
 import pytest
 import webdataset
+from conftest import write_members
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,17 +43,9 @@ subflavors:
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(files, "_open_shards", {})
+    monkeypatch.setattr(files, "_unpacked", {})
     monkeypatch.setenv("ENERGON_FN_CACHE", str(folder))
     return folder
-
-
-def write_tar(path: Path, content: list[File]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as tar:
-        for name, data in content:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
 
 def numbered(prefix: str, n: int) -> list[File]:
@@ -93,7 +84,7 @@ def prepare(
 ) -> Path:
     """A dataset as `prepare` leaves it, written by hand."""
     for name, content in shards.items():
-        write_tar(folder / name, content)
+        write_members(folder / name, content)
     meta = folder / ".nv-meta"
     meta.mkdir(exist_ok=True)
     counts = write_index(meta / "index.sqlite", index_shards(folder, list(shards))).counts
@@ -115,7 +106,7 @@ def test_a_plain_folder_needs_no_preparation(tmp_path: Path) -> None:
     sizes = {"b.tar": 3, "c.tar.gz": 2, "sub/a.tgz": 2}
     shards = {name: numbered(Path(name).name[0], n) for name, n in sizes.items()}
     for name, content in shards.items():
-        write_tar(tmp_path / name, content)
+        write_members(tmp_path / name, content)
     source = open_source(tmp_path)
     assert loaded(source) == by_hand(shards)
     assert source.path == str(tmp_path)
@@ -140,7 +131,7 @@ def test_a_plain_folder_needs_no_preparation(tmp_path: Path) -> None:
 )
 def test_patterns_need_no_preparation(tmp_path: Path, pattern: str, shards: str) -> None:
     for name, content in THREE.items():
-        write_tar(tmp_path / name, content)
+        write_members(tmp_path / name, content)
     source = open_source(tmp_path / pattern)
     assert loaded(source) == by_hand({f"{name}.tar": THREE[f"{name}.tar"] for name in shards})
     assert source.path == str(tmp_path)
@@ -149,14 +140,14 @@ def test_patterns_need_no_preparation(tmp_path: Path, pattern: str, shards: str)
 def test_a_pattern_over_folders(tmp_path: Path) -> None:
     shards = {"y/s.tar": numbered("a", 1), "x/s.tar": numbered("b", 1)}
     for name, content in shards.items():
-        write_tar(tmp_path / name, content)
+        write_members(tmp_path / name, content)
     assert loaded(open_source(tmp_path / "{y,x}" / "s.tar")) == by_hand(shards)
 
 
 def test_a_relative_path_stays_right_when_the_process_goes_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_tar(tmp_path / "a.tar", numbered("a", 1))
+    write_members(tmp_path / "a.tar", numbered("a", 1))
     monkeypatch.chdir(tmp_path)
     source = open_source("a.tar")
     monkeypatch.chdir("/")
@@ -164,7 +155,7 @@ def test_a_relative_path_stays_right_when_the_process_goes_elsewhere(
 
 
 def test_an_unprepared_set_is_all_train(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", numbered("a", 1))
+    write_members(tmp_path / "a.tar", numbered("a", 1))
     with pytest.raises(DatasetError, match=r"no split part 'val'.*energon-fn prepare .*\"train\""):
         open_source(tmp_path, "val")
     with pytest.raises(DatasetError, match=r"no \.nv-meta folder with crude\.yaml"):
@@ -180,15 +171,15 @@ def test_what_is_no_dataset(tmp_path: Path, name: str) -> None:
 
 def test_an_unprepared_set_may_change_between_openings(tmp_path: Path) -> None:
     for content in (numbered("a", 3), numbered("b", 5), numbered("c", 2)):
-        write_tar(tmp_path / "new", content)
+        write_members(tmp_path / "new", content)
         os.replace(tmp_path / "new", tmp_path / "0.tar")
         assert loaded(open_source(tmp_path)) == by_hand({"0.tar": content})
 
 
 def test_a_source_outlives_the_next_index(tmp_path: Path) -> None:
-    write_tar(tmp_path / "b.tar", numbered("b", 3))
+    write_members(tmp_path / "b.tar", numbered("b", 3))
     old = pickle.dumps(open_source(tmp_path))
-    write_tar(tmp_path / "a.tar", numbered("a", 3))
+    write_members(tmp_path / "a.tar", numbered("a", 3))
     assert keys(open_source(tmp_path))[0] == "a000"
     assert loaded(pickle.loads(old)) == by_hand({"b.tar": numbered("b", 3)})
 
@@ -196,7 +187,7 @@ def test_a_source_outlives_the_next_index(tmp_path: Path) -> None:
 def test_shards_without_samples_and_duplicate_keys(tmp_path: Path) -> None:
     shards = {"a.tar": numbered("k", 2), "b.tar": [("readme", b"")], "c.tar": numbered("k", 3)}
     for name, content in shards.items():
-        write_tar(tmp_path / name, content)
+        write_members(tmp_path / name, content)
     source = open_source(tmp_path)
     assert loaded(source) == by_hand(shards)
     assert source.segments == (Segment(0, 0, 2), Segment(2, 0, 3))
@@ -278,7 +269,7 @@ def test_a_shard_that_was_not_indexed_is_named(tmp_path: Path) -> None:
 
 def test_a_changed_shard_is_noticed(tmp_path: Path) -> None:
     source = open_source(prepare(tmp_path, THREE))
-    write_tar(tmp_path / "c.tar", numbered("c", 4))
+    write_members(tmp_path / "c.tar", numbered("c", 4))
     assert source.load(0)["__key__"] == "a000"
     with pytest.raises(DatasetError, match=rf"c\.tar changed since .* prepare {tmp_path}"):
         source.load(5)
@@ -320,7 +311,7 @@ def test_what_megatron_energon_prepared_is_read_in_its_order(
 ) -> None:
     shards = {f"{d}{i}.tar": numbered(f"{d}{i}_", 5) for d in ("", "sub/") for i in (10, 9, 8)}
     for name, content in shards.items():
-        write_tar(tmp_path / name, content)
+        write_members(tmp_path / name, content)
     command = [
         os.path.join(os.path.dirname(published_python), "energon"), "prepare", str(tmp_path),
         "--non-interactive", "--split-ratio", "1,1,0", "--sample-type", "CaptioningSample",
@@ -379,7 +370,7 @@ def test_loading_is_grouping_by_hand(
     folder = tmp_path_factory.mktemp("t")
     shards = {"a.tar": first, "b/b.tgz": second}
     for name, content in shards.items():
-        write_tar(folder / name, content)
+        write_members(folder / name, content)
     source = open_source(folder)
     if wanted is not None:
         source = replace(source, part_filter=wanted.__contains__)
@@ -437,7 +428,7 @@ def test_only_wanted_parts_are_read_and_neighbours_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = [("0.a", b"1"), ("0.big", b"2" * 3 * NEAR), ("0.b", b"3"), ("0.c", b"4" * 600)]
-    write_tar(tmp_path / "a.tar", content)
+    write_members(tmp_path / "a.tar", content)
     source = open_source(tmp_path)
     source.load(0)
     reads: list[int] = []
@@ -462,7 +453,7 @@ def test_only_wanted_parts_are_read_and_neighbours_at_once(
 
 
 def test_the_last_of_equal_parts_counts(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", [("0.txt", b"old"), ("0.jpg", b"j"), ("0.txt", b"new")])
+    write_members(tmp_path / "a.tar", [("0.txt", b"old"), ("0.jpg", b"j"), ("0.txt", b"new")])
     raw = open_source(tmp_path).load(0)
     assert (raw["txt"], raw["jpg"]) == (b"new", b"j")
 
@@ -494,7 +485,7 @@ def test_other_processes_load(tmp_path: Path, method: str, prepared: bool) -> No
     if prepared:
         prepare(tmp_path, THREE)
     else:
-        write_tar(tmp_path / "a.tgz", numbered("a", 8))
+        write_members(tmp_path / "a.tgz", numbered("a", 8))
     source = open_source(tmp_path)
     expected = [source.load(i) for i in range(8)]
     with multiprocessing.get_context(method).Pool(2) as pool:
@@ -507,7 +498,7 @@ def test_threads_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_OPEN", 2)
     shards = {f"{name}.tar": numbered(name, 150) for name in "abcd"}
     for name, content in shards.items():
-        write_tar(tmp_path / name, content)
+        write_members(tmp_path / name, content)
     source = open_source(tmp_path)
     order = random.Random(0).sample(range(600), 600)
     with ThreadPoolExecutor(8) as pool:

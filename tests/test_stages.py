@@ -7,6 +7,7 @@ import io
 import pickle
 import random
 import tarfile
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -688,6 +689,24 @@ def test_stages_work_inside_a_webdataset_pipeline(tmp_path: Path) -> None:
     check(webdataset.WebDataset(path, shardshuffle=False).compose(*PIPELINE))
     source = webdataset.SimpleShardList(path)
     check(webdataset.DataPipeline(source, webdataset.tarfile_to_samples(), *PIPELINE))
+
+
+@pytest.mark.parametrize(
+    "stage", [batch(8, len), pack(lambda them: [[it] for it in them], len, buffer_size=8)]
+)
+def test_what_was_used_is_let_go_of_before_others_are_made(stage: Any) -> None:
+    living: list[weakref.ref[Any]] = []
+
+    def items() -> Iterator[Any]:
+        for n in range(24):
+            if n % 8 == 0:  # the last one may still be at hand
+                assert sum(it() is not None for it in living) <= 1
+            item = np.zeros(1)
+            living.append(weakref.ref(item))
+            yield item
+            del item
+
+    assert len(list(stage(items()))) in (3, 24)
 
 
 def test_batch_collates_by_default() -> None:

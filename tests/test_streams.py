@@ -12,7 +12,7 @@ from toolz import pipe
 
 from energon_fn import FatalSampleError, SkipSample, StateError, position
 from energon_fn.stages import PackedSamplesOutput, batch, encode_sample, group, pack
-from energon_fn.streams import Stream, holding, resumable
+from energon_fn.streams import Stream, ahead, holding, resumable
 
 
 def numbers(stop: int, state: Any) -> Iterator[tuple[list[int], int]]:
@@ -129,14 +129,16 @@ def test_a_lifted_stage_gives_what_the_stage_gives() -> None:
     assert [value for value, _ in stream(None)] == [[0, 1, 2], [3, 4, 5], [6, 7]]
 
 
+def noted(pulled: list[int], state: Any) -> Iterator[tuple[list[int], int]]:
+    """A hundred numbers, with a note of each that is pulled."""
+    for item, after in numbers(100, state):
+        pulled.append(item[0])
+        yield item, after
+
+
 def test_a_stream_pulls_no_further_than_its_output_needs() -> None:
     pulled: list[int] = []
-
-    def counted(state: Any) -> Iterator[tuple[list[int], int]]:
-        for item, after in numbers(100, state):
-            pulled.append(item[0])
-            yield item, after
-
+    counted = partial(noted, pulled)
     stream = resumable(batch(3, flat), resumable(encode_sample(add_one), counted))(None)
     next(stream)
     assert pulled == [0, 1, 2]
@@ -221,15 +223,50 @@ def test_functions_are_called_in_places_of_their_own_that_a_resume_keeps() -> No
 
 def test_laziness_with_items_given_back() -> None:
     pulled: list[int] = []
-
-    def counted(state: Any) -> Iterator[tuple[list[int], int]]:
-        for item, after in numbers(100, state):
-            pulled.append(item[0])
-            yield item, after
-
-    stream = packing(counted, thirds_back, 4)
+    stream = packing(partial(noted, pulled), thirds_back, 4)
     assert [value for value, _ in islice(stream(None), 3)] == [[0, 1], [2], [3, 4]]
     assert pulled == [0, 1, 2, 3, 4, 5, 6]
     pulled.clear()
     assert next(stream((4, 1, None, (3,))))[0] == [5]
     assert pulled == [3, 4, 5, 6]
+
+
+# --- what is begun ahead ---------------------------------------------------------------------
+
+
+@given(st.integers(0, 40), st.integers(1, 9), lifts)
+def test_beginning_ahead_changes_neither_items_nor_states(
+    stop: int, depth: int, lifts: list[Any]
+) -> None:
+    def begun(state: Any) -> Iterator[Any]:
+        return ahead(lambda item: [*item], partial(numbers, stop), depth=depth)(state)
+
+    plain: Stream[Any] = pipe(partial(numbers, stop), *lifts)
+    stream: Stream[Any] = pipe(begun, *lifts)
+    whole = list(plain(None))
+    assert list(stream(None)) == whole
+    for k, (_, state) in enumerate(whole, 1):
+        assert list(stream(state)) == whole[k:]
+
+
+def test_the_way_ahead_grows_by_one_with_each_item_and_anew_after_a_resume() -> None:
+    begun: list[int] = []
+    stream = ahead(lambda item: begun.append(item[0]), partial(numbers, 100), depth=3)
+    for state in (None, 40, 70):
+        begun.clear()
+        items = stream(state)
+        counts = [len(begun) for _ in islice(items, 6)]
+        assert counts == [1, 3, 5, 7, 8, 9]  # at first one for one, never more than 3 ahead
+        assert begun == list(range(state or 0, (state or 0) + 9))
+
+
+def test_what_was_begun_and_is_not_asked_for_is_left() -> None:
+    left: list[int] = []
+    stream = ahead(lambda item: item[0], partial(numbers, 100), depth=3, leave=left.append)
+    items = stream(None)
+    assert [item for item, _ in islice(items, 5)] == [0, 1, 2, 3, 4]
+    assert not left
+    items.close()  # type: ignore[attr-defined]
+    assert left == [5, 6, 7]
+    assert [item for item, _ in stream(97)] == [97, 98, 99]
+    assert left == [5, 6, 7]  # all of these were asked for

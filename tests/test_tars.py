@@ -26,6 +26,7 @@ Entry = tuple[str, bytes | None]
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(files, "_open_shards", {})
+    monkeypatch.setattr(files, "_unpacked", {})
     monkeypatch.setenv("ENERGON_FN_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from energon_fn import wire
+from energon_fn.processes import wire
 
 DTYPES = [
     torch.uint8,
@@ -29,11 +29,11 @@ def through(thing: Any) -> Any:
     here, there = socketpair()
     with here, there:
         message = wire.dumps(thing)
-        sender = threading.Thread(target=wire.Lender().send, args=(here, *message))
+        sender = threading.Thread(target=wire.Lender().send, args=(here, [message]))
         sender.start()
-        received = wire.Borrower().receive(there)
+        (received,) = wire.Borrower().receive(there)
         sender.join()
-    return received
+    return wire.loads(received)
 
 
 @given(
@@ -63,8 +63,13 @@ def test_what_arrives_can_be_written_to_and_outlives_its_message(size: int) -> N
 
 def test_special_tensors_arrive_too() -> None:
     wanting_gradients = torch.rand(3, requires_grad=True)
-    sparse = torch.eye(4).to_sparse()
-    again, sparse_again = through((wanting_gradients, sparse))
+    sparse, imaginary = torch.eye(4).to_sparse(), torch.tensor([1 + 2j])
+    again, sparse_again, conjugate, negative, one, brain, none = through((
+        wanting_gradients, sparse, imaginary.conj(), imaginary.conj().imag, torch.tensor(7),
+        torch.ones(2, 3, dtype=torch.bfloat16).T, torch.zeros(0, 3, dtype=torch.bfloat16),
+    ))  # fmt: skip
+    assert (conjugate.item(), negative.item(), one.item()) == (1 - 2j, -2, 7)
+    assert (one.shape, brain.shape, none.shape) == ((), (3, 2), (0, 3))
     assert again.requires_grad
     assert torch.equal(again, wanting_gradients)
     assert torch.equal(sparse_again.to_dense(), torch.eye(4))
@@ -99,9 +104,9 @@ def test_memory_is_written_to_again_only_when_nobody_holds_what_is_in_it(
     with here, there:
         for n, (size, keep) in enumerate(steps):
             thing = torch.full((size,), n, dtype=torch.int16), np.full(size // 2, n)
-            sender = threading.Thread(target=lender.send, args=(here, *wire.dumps(thing)))
+            sender = threading.Thread(target=lender.send, args=(here, [wire.dumps(thing)]))
             sender.start()
-            tensor, array = borrower.receive(there)
+            tensor, array = wire.loads(*borrower.receive(there))
             sender.join()
             assert (array == n).all()
             held.append((n, tensor[size // 3 :]))  # a part holds the whole
@@ -122,11 +127,57 @@ def test_batches_that_are_let_go_take_the_same_memory_again() -> None:
         batch = None
         for n in range(50):
             size = 90_000 + n * 100  # some are a little larger
-            lender.send(here, *wire.dumps(torch.zeros(size, dtype=torch.uint8)))
-            batch = borrower.receive(there)
+            lender.send(here, [wire.dumps(torch.zeros(size, dtype=torch.uint8))])
+            batch = wire.loads(*borrower.receive(there))
             assert len(batch) == size
             lender.take_back(borrower.give_back())
     assert lender.made == 2  # one is held while the next is written
+
+
+@given(
+    sizes=st.lists(
+        st.lists(st.sampled_from([0, 1, 70, 2000, 9000, 40_000]), max_size=4), max_size=6
+    ),
+    text=st.sampled_from([5, 100_000]),
+)
+def test_the_things_of_a_message_arrive_each_for_itself(sizes: list[list[int]], text: int) -> None:
+    things = [
+        ("x" * text, [torch.arange(size) + n for n, size in enumerate(of_one)]) for of_one in sizes
+    ]
+    here, there = socketpair()
+    with here, there:
+        message = list(map(wire.dumps, things))
+        sender = threading.Thread(target=wire.Lender().send, args=(here, message))
+        sender.start()
+        found = list(map(wire.loads, wire.Borrower().receive(there)))
+        sender.join()
+    assert len(found) == len(things)
+    for (said, tensors), (expected, others) in zip(found, things, strict=True):
+        assert said == expected
+        assert len(tensors) == len(others)
+        for tensor, other in zip(tensors, others, strict=True):
+            assert torch.equal(tensor, other)
+            tensor += 1  # nobody else's
+
+
+def test_a_batch_of_a_message_holds_its_memory_and_a_label_does_not() -> None:
+    here, there = socketpair()
+    lender, borrower = wire.Lender(), wire.Borrower()
+    with here, there:
+        batches = [
+            {"images": torch.full((9000,), n), "labels": torch.full((9,), n)} for n in (1, 2)
+        ]
+        lender.send(here, list(map(wire.dumps, batches)))
+        first, second = map(wire.loads, borrower.receive(there))
+        labels = [first["labels"], second["labels"]]
+        del first
+        gc.collect()
+        assert borrower.give_back() == []  # the second lies in the same piece
+        assert (second["images"] == 2).all()
+        del second
+        gc.collect()
+        assert borrower.give_back() == [0]
+        assert [label.tolist() for label in labels] == [[1] * 9, [2] * 9]
 
 
 def test_the_end_of_the_other_side_is_told_wherever_it_comes() -> None:

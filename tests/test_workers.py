@@ -1,5 +1,6 @@
 """Workers that are killed, exit, fail, or are left: the stream goes on, and nobody stays behind."""
 
+import contextlib
 import gc
 import itertools
 import multiprocessing
@@ -13,6 +14,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ from energon_fn import (
     get_val_dataset,
     reraise_exception,
 )
-from energon_fn.workers import Local, Pool, PoolOptions, deliveries
+from energon_fn.processes.turns import Local, deliveries
+from energon_fn.processes.workers import Pool, PoolOptions
 
 HERE = Path(__file__).parent
 
@@ -186,8 +189,9 @@ def test_killing_workers_at_random_changes_nothing(folder: Path) -> None:
     loader = train(folder, 2, max_worker_restarts=1000)
     for batch in itertools.islice(loader, 150):
         found.append(batch)
-        if chance.random() < 0.15:
-            os.kill(chance.choice(sorted(children() - before)), signal.SIGKILL)
+        living = sorted(children() - before)  # that one is gone may be seen some batches later
+        if living and chance.random() < 0.15:
+            os.kill(chance.choice(living), signal.SIGKILL)
             time.sleep(chance.random() / 50)
     assert found == whole
 
@@ -321,6 +325,161 @@ def test_a_slow_consumer_bounds_what_is_made_ahead(folder: Path, tmp_path: Path)
         assert len(made.read_text()) <= 2 * 3 + received + 2
 
 
+class Small:
+    """Lanes of small batches, made in the same memory each; writes a dot for each one made."""
+
+    def __init__(self, file: Path, length: int = 100, size: int = 3, last: Any = None):
+        self.file, self.length, self.size, self.last = file, length, size, last
+
+    def __call__(self, lane: int, epoch: int) -> Any:
+        def stream(state: Any) -> Iterator[Any]:
+            memory = torch.zeros(self.size, dtype=torch.int64)
+            for n in range(state[0] if state else 0, self.length):
+                with self.file.open("a") as file:
+                    file.write(".")
+                memory[:] = 1000 * lane + n
+                yield memory, (n + 1, f"state {lane}.{n}")
+            if self.last:
+                self.last()
+
+        return stream
+
+    def made(self) -> int:
+        return len(self.file.read_text()) if self.file.exists() else 0
+
+
+Found = tuple[int, list[int] | None, Any]
+
+
+def received(runner: Local | Pool, lanes: dict[int, Any]) -> Found:
+    """The next delivery, the way of a loader."""
+    item = runner.receive()
+    del lanes[item.lane]
+    if item.state is not None:
+        lanes[item.lane] = item.state
+    return item.lane, None if item.batch is None else item.batch.tolist(), item.state
+
+
+def all_of(streams: Small, lanes: int) -> list[Found]:
+    runner, left = Local(streams), dict.fromkeys(range(lanes))
+    runner.start(0, left)
+    found = []
+    while left:
+        found.append(received(runner, left))
+    return found
+
+
+@contextlib.contextmanager
+def pool_with_a_message_begun(
+    streams: Small, lanes: int, workers: int, **options: Any
+) -> Iterator[tuple[Pool, dict[int, Any], list[Found]]]:
+    """A pool, the lanes that are left, and what was delivered until some of a message was."""
+    pool = Pool(streams, workers, PoolOptions(prefetch=1, **options))
+    left, found = dict.fromkeys(range(lanes)), list[Found]()
+    try:
+        pool.start(0, left)
+        while not pool._workers[0].received:
+            # The first goes at once; when more are made before it is asked for, they go together.
+            least = len(found) + 5 * workers
+            assert wait_for(lambda least=least: streams.made() >= least)
+            found += [received(pool, left) for _ in range(workers)]
+        yield pool, left, found
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize(("lanes", "workers"), [(1, 1), (3, 1), (3, 2)])
+def test_batches_of_one_message_come_each_with_its_state(
+    tmp_path: Path, lanes: int, workers: int
+) -> None:
+    streams = Small(tmp_path / "made")
+    with pool_with_a_message_begun(streams, lanes, workers) as (pool, left, found):
+        while left:
+            found.append(received(pool, left))
+    assert found == all_of(Small(tmp_path / "again"), lanes)
+
+
+def test_a_worker_killed_in_the_middle_of_its_message_goes_on_behind_what_was_delivered(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    streams = Small(tmp_path / "made")
+    with pool_with_a_message_begun(streams, 3, 2) as (pool, left, found):
+        for worker in pool._workers:
+            os.kill(worker.process.pid or 0, signal.SIGKILL)
+        while left:
+            found.append(received(pool, left))
+    assert found == all_of(Small(tmp_path / "again"), 3)
+    assert caplog.text.count("killed by SIGKILL") == 2
+
+
+def test_a_new_start_leaves_the_rest_of_a_message(tmp_path: Path) -> None:
+    streams = Small(tmp_path / "made")
+    with pool_with_a_message_begun(streams, 2, 1) as (pool, _, _):
+        left: dict[int, Any] = {1: (50, ""), 0: (49, "")}
+        pool.start(0, left)
+        assert [received(pool, left)[1] for _ in range(4)] == [
+            [n] * 3 for n in (1050, 49, 1051, 50)
+        ]
+
+
+def fail() -> None:
+    raise ZeroDivisionError("behind the others")
+
+
+def test_an_error_comes_behind_the_batches_before_it(tmp_path: Path) -> None:
+    streams = Small(tmp_path / "made", length=9, last=fail)
+    with pool_with_a_message_begun(streams, 1, 1) as (pool, left, found):
+        while len(found) < 9:
+            found.append(received(pool, left))
+        with pytest.raises(ZeroDivisionError, match="behind the others"):
+            pool.receive()
+    assert [batch for _, batch, _ in found] == [[n] * 3 for n in range(9)]
+
+
+def test_what_is_made_arrives_while_the_next_takes_for_ever(tmp_path: Path) -> None:
+    streams = Small(tmp_path / "made", length=9, last=partial(time.sleep, 1000))
+    pool = Pool(streams, 1, PoolOptions(watchdog=20, fail_on_timeout=True))
+    left = {0: None}
+    pool.start(0, left)
+    assert [received(pool, left)[1] for _ in range(9)] == [[n] * 3 for n in range(9)]
+    pool.close()
+
+
+@pytest.mark.parametrize(("size", "together"), [(3, 16), (12_000, 3), (50_000, 1)])
+def test_a_slow_consumer_bounds_how_many_small_batches_are_made_ahead(
+    tmp_path: Path, size: int, together: int
+) -> None:
+    streams = Small(tmp_path / "made", length=1000, size=size)
+    pool, left = Pool(streams, 2, PoolOptions(prefetch=2)), dict.fromkeys(range(4))
+    idle, started = 0.0, time.monotonic()
+    pool.start(0, left)
+    for n in range(1, 40):
+        item = pool.receive()
+        left[item.lane] = left.pop(item.lane) or item.state
+        idle += item.counts.get("idle", 0)
+        assert started < item.made < time.monotonic()
+        if n % 13 == 0:
+            time.sleep(0.2)
+        # Two messages on the way, one that waits, and one that is being delivered.
+        assert streams.made() <= n + 2 * together * (2 + 2)
+    pool.close()
+    assert (idle > 0) == (together < 16)
+
+
+def test_large_states_do_not_make_both_sides_wait_for_each_other() -> None:
+    def endless(lane: int, epoch: int) -> Any:
+        return lambda state: ((b"x" * 2_000_000, (n, "y" * 1_000_000)) for n in itertools.count())
+
+    pool, left = Pool(endless, 1, PoolOptions(context="fork")), {0: None}
+    for _ in range(3):
+        pool.start(0, left)
+        item = pool.receive()
+        left[0] = item.state
+        time.sleep(0.2)  # the worker makes what it may
+    assert len(item.batch) == 2_000_000
+    pool.close()
+
+
 class Stuck(Numbers):
     """Hangs for good at the 40th sample that a worker comes to."""
 
@@ -366,6 +525,35 @@ def test_nobody_outlives_the_training_process(folder: Path, how: signal.Signals)
     if how == signal.SIGINT:
         assert said.rstrip().endswith("KeyboardInterrupt")
         assert said.count("Traceback") == 1
+
+
+FORKING = """
+import os, sys
+sys.path.insert(0, {here!r})
+from test_workers import alive, children, train, wait_for
+from pathlib import Path
+loader = train(Path({folder!r}), 2, max_worker_restarts=0)
+batches = iter(loader)
+print(next(batches))
+workers = children()
+for end in (sys.exit, os._exit):
+    child = os.fork()
+    if not child:
+        end(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert not wait_for(lambda: not all(map(alive, workers)), 0.3)
+for _ in range(19):
+    print(next(batches))
+assert children() == workers and len(workers) == 2
+"""
+
+
+def test_a_fork_of_the_training_process_ends_without_a_word_and_alone(folder: Path) -> None:
+    script = textwrap.dedent(FORKING.format(here=str(HERE), folder=str(folder)))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    whole = list(itertools.islice(train(folder, 0), 20))
+    assert done.stdout.splitlines() == list(map(str, whole))
 
 
 def test_saving_and_resuming_again_and_again_leaves_nothing_behind(folder: Path) -> None:

@@ -255,12 +255,51 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="processes (as many as there are processors); 0: in this one",
     )
+    _image_decode_option(sub)
     sub.add_argument(
-        "--image-decode",
-        metavar="HOW",
-        default="torchrgb",
-        help="how pictures are decoded (torchrgb)",
+        "--quarantine",
+        metavar="FILE",
+        help="append a line of JSON for each of them, for `energon-fn exclude` and `trace`",
     )
+    _config_options(sub)
+    _trust_option(sub)
+
+    sub = command(
+        "exclude",
+        "Leave the samples of quarantine files out of a dataset: adds them to its split.yaml.",
+        "  energon-fn lint cats --quarantine bad.jsonl\n"
+        "  energon-fn exclude cats bad.jsonl --dry-run\n"
+        "  energon-fn exclude cats bad.jsonl",
+        "the prepared folder",
+    )
+    sub.add_argument(
+        "files", metavar="QUARANTINE", nargs="+", help="the files, of `lint` or of training runs"
+    )
+    sub.add_argument("--dry-run", action="store_true", help="only show what would be added")
+    sub.add_argument(
+        "--split-config",
+        metavar="NAME",
+        default="split.yaml",
+        help="another file than .nv-meta/split.yaml",
+    )
+
+    sub = command(
+        "trace",
+        "Show one sample's way through every function, value by value; exit status 1 if it fails.",
+        "  energon-fn trace cats 000123\n"
+        "  energon-fn trace cats 000123 --task-encoder my_module:MyEncoder\n"
+        "  energon-fn trace cats '[\"sample\", 3, 123, 0]' --task-encoder my_module:MyEncoder",
+        data,
+    )
+    sub.add_argument(
+        "key",
+        metavar="KEY",
+        help="the sample's key; or its restore key, as a quarantine file has it: then with the "
+        "random numbers of that epoch",
+    )
+    _split_part_option(sub, "the first that has the key")
+    _task_encoder_option(sub)
+    _image_decode_option(sub)
     _config_options(sub)
     _trust_option(sub)
 
@@ -275,6 +314,37 @@ def _parser() -> argparse.ArgumentParser:
     _split_part_option(sub, "the first")
     sub.add_argument("-n", metavar="N", type=_at_least(1), help="how many (5; on a sheet 24)")
     sub.add_argument("--sheet", metavar="FILE.png", help="draw the pictures with their texts")
+    _config_options(sub)
+    _trust_option(sub)
+
+    sub = command(
+        "profile",
+        "Load in the order of training for some seconds, and show which stage takes the time.",
+        "  energon-fn profile cats --num-workers 2\n"
+        "  energon-fn profile cats --task-encoder my_module:MyEncoder --batch-size 32",
+        data,
+    )
+    add = sub.add_argument
+    add("--seconds", metavar="S", type=float, default=10, help="how long (10)")
+    add("--batch-size", metavar="N", type=_at_least(1), default=16, help="samples of a batch (16)")
+    add(
+        "--packing-buffer-size",
+        metavar="N",
+        type=_at_least(1),
+        help="for a task encoder that packs",
+    )
+    add(
+        "--num-workers",
+        metavar="N",
+        type=_at_least(0),
+        default=0,
+        help="processes that load (0: this one)",
+    )
+    add("--threads", metavar="N", type=_at_least(0), default=0, help="that read ahead in each (0)")
+    add("--min-size", metavar="N", type=_at_least(1), help="scale JPEGs while they are decoded")
+    _split_part_option(sub, "the first")
+    _task_encoder_option(sub)
+    _image_decode_option(sub)
     _config_options(sub)
     _trust_option(sub)
 
@@ -329,6 +399,24 @@ def _split_part_option(parser: argparse.ArgumentParser, usual: str) -> None:
         metavar="PART,...",
         type=_names,
         help=f"parts of the split ({usual})",
+    )
+
+
+def _task_encoder_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--task-encoder",
+        metavar="MODULE:NAME",
+        help="the class MyEncoder in ./my_module.py, say, is my_module:MyEncoder; it is imported "
+        "and run",
+    )
+
+
+def _image_decode_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--image-decode",
+        metavar="HOW",
+        default="torchrgb",
+        help="how pictures are decoded (torchrgb)",
     )
 
 

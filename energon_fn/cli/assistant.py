@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from energon_fn.cli.terminal import columns, describe, one_line, shorten
+from energon_fn.cli.terminal import columns
 from energon_fn.decoding import decode_part
 from energon_fn.disk import files
 from energon_fn.disk.fields import (
@@ -29,6 +29,7 @@ from energon_fn.disk.fields import (
 from energon_fn.disk.prepare import guess_field_map, split_by_ratio
 from energon_fn.disk.tars import index_shard
 from energon_fn.errors import DatasetError, SampleError
+from energon_fn.look.values import describe, one_line, shorten
 from energon_fn.samples import BOOKKEEPING, SAMPLE_TYPES
 
 T = TypeVar("T")

@@ -7,12 +7,25 @@ from pathlib import Path
 
 from energon_fn.checkpoint import describe as describe_state
 from energon_fn.checkpoint import merge, read_state, redistribute, write_state
+from energon_fn.cli.failures import exclude, trace
 from energon_fn.cli.info import info
 from energon_fn.cli.prepare import prepare, prepare_media
+from energon_fn.cli.profile import profile
 from energon_fn.cli.samples import lint, preview
 from energon_fn.demo import run_demo
 
-__all__ = ["checkpoint", "demo", "info", "lint", "prepare", "prepare_media", "preview"]
+__all__ = [
+    "checkpoint",
+    "demo",
+    "exclude",
+    "info",
+    "lint",
+    "prepare",
+    "prepare_media",
+    "preview",
+    "profile",
+    "trace",
+]
 
 
 def demo(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from energon_fn.cli.terminal import columns, counted, describe, one_line, size
+from energon_fn.cli.terminal import columns
 from energon_fn.cli.tree import draw
 from energon_fn.disk import files, media, metadata
 from energon_fn.disk.braces import collapse_braces
@@ -19,9 +19,10 @@ from energon_fn.disk.index import cached_index, has_parts
 from energon_fn.disk.jsonl import INDEX_ENDING, is_jsonl, open_jsonl
 from energon_fn.disk.source import open_source
 from energon_fn.errors import DatasetError
-from energon_fn.metadataset import is_metadataset, splits_of
-from energon_fn.opening import Opened, open_recipe
-from energon_fn.outline import outline
+from energon_fn.look.values import counted, describe, one_line, size
+from energon_fn.recipes.metadataset import is_metadataset, splits_of
+from energon_fn.recipes.opening import Opened, open_recipe
+from energon_fn.recipes.outline import outline
 
 
 def info(args: argparse.Namespace) -> int:

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from energon_fn.cli import assistant
 from energon_fn.cli.info import range_of, show_folder, show_jsonl, show_metadataset
-from energon_fn.cli.terminal import counted
 from energon_fn.decoding import decoder
 from energon_fn.disk import files, media, metadata
 from energon_fn.disk.fields import check_field_map, sample_type_named
@@ -23,8 +22,9 @@ from energon_fn.disk.jsonl import is_jsonl, jsonl_files, prepare_jsonl
 from energon_fn.disk.prepare import prepare_dataset, write_dataset_yaml, write_media_metadata
 from energon_fn.disk.source import open_source
 from energon_fn.errors import SampleError, logger
-from energon_fn.metadataset import is_metadataset
-from energon_fn.opening import prepare_metadataset
+from energon_fn.look.values import counted
+from energon_fn.recipes.metadataset import is_metadataset
+from energon_fn.recipes.opening import prepare_metadataset
 
 ERROR = 2
 

@@ -15,27 +15,22 @@ from typing import Any
 from tqdm import tqdm
 
 from energon_fn.cli.info import has_meta
-from energon_fn.cli.terminal import (
-    can_draw,
-    columns,
-    counted,
-    describe,
-    half_blocks,
-    one_line,
-    picture_of,
-    seen_from,
-)
+from energon_fn.cli.terminal import can_draw, columns, half_blocks, seen_from
 from energon_fn.decoding import decoder
 from energon_fn.disk import files, metadata
 from energon_fn.disk.jsonl import is_jsonl, open_jsonl
 from energon_fn.disk.source import Samples, Source, open_source
 from energon_fn.errors import DatasetError
-from energon_fn.lint import BadSample, open_shards, shard_names
-from energon_fn.lint import lint as bad_samples_of
-from energon_fn.metadataset import is_metadataset, splits_of
-from energon_fn.opening import open_recipe
+from energon_fn.failures.lint import BadSample, open_shards, shard_names
+from energon_fn.failures.lint import lint as bad_samples_of
+from energon_fn.failures.quarantine import append
+from energon_fn.look.inside import pictures_in
+from energon_fn.look.sheet import picture_of
+from energon_fn.look.show import show
+from energon_fn.look.values import counted, describe, one_line
+from energon_fn.recipes.metadataset import is_metadataset, splits_of
+from energon_fn.recipes.opening import open_recipe
 from energon_fn.samples import SourceInfo
-from energon_fn.sheet import contact_sheet
 
 BAD = 1
 
@@ -50,10 +45,15 @@ def lint(args: argparse.Namespace) -> int:
         bad_shards += bad.key is None
         tqdm.write(one_line(str(bad)), file=sys.stdout)
         sys.stdout.flush()
+        if args.quarantine:
+            append(args.quarantine, bad.failure)
+
+    if args.quarantine:
+        append(args.quarantine)  # what is wrong with the file is said before an hour's work
 
     sources: list[Samples] = []
     try:
-        sources = [source for part in _parts(args).values() for source in part]
+        sources = [source for part in sources_of(args).values() for source in part]
     except DatasetError:
         if args.split_part or has_meta(args.path) or is_jsonl(args.path) or is_meta:
             raise
@@ -85,25 +85,35 @@ def _placed(args: argparse.Namespace, bad: BadSample, source: Samples) -> BadSam
     return replace(bad, shard=f"{where}/{bad.shard}" if isinstance(source, Source) else where)
 
 
-def _parts(args: argparse.Namespace) -> dict[str, list[Samples]]:
+def sources_of(args: argparse.Namespace) -> dict[str, list[Samples]]:
     """The datasets of each part, or split of a metadataset, that the options ask for; else all."""
     configs = {"dataset_config": args.dataset_config, "split_config": args.split_config}
+    parts = parts_of(args)
     if is_metadataset(args.path):
         return {
             split: [
                 *open_recipe(args.path, split, **configs, trust_dataset_code=args.trust).sources
             ]
-            for split in args.split_part or splits_of(args.path)
+            for split in parts
         }
-    parts = args.split_part or ["train"]
     if is_jsonl(args.path):
         return {part: [open_jsonl(args.path, part)] for part in parts}
-    if not args.split_part and has_meta(args.path):
-        parts = list(metadata.read_split_config(args.path, args.split_config).split_parts)
     return {
         part: [open_source(args.path, part, **configs, trust_dataset_code=args.trust)]
         for part in parts
     }
+
+
+def parts_of(args: argparse.Namespace) -> list[str]:
+    """The parts, or splits of a metadataset, that the options ask for; else all."""
+    asked: list[str] = args.split_part or []
+    if asked:
+        return asked
+    if is_metadataset(args.path):
+        return splits_of(args.path)
+    if has_meta(args.path) and not is_jsonl(args.path):
+        return list(metadata.read_split_config(args.path, args.split_config).split_parts)
+    return ["train"]
 
 
 # ----------------------------------------------------------------------------------------- preview
@@ -114,10 +124,10 @@ def preview(args: argparse.Namespace) -> int:
         raise ValueError(f"--sheet writes a PNG file: {args.sheet!r} must end in .png")
     count = args.n or (24 if args.sheet else 5)
     decode = decoder()
-    parts = [(part, inside) for part, inside in _parts(args).items() if any(map(len, inside))]
+    parts = [(part, inside) for part, inside in sources_of(args).items() if any(map(len, inside))]
     if not parts:
         raise ValueError(f"{args.path} has no samples there")
-    cells: list[tuple[Any, str]] = []
+    samples: list[dict[str, Any]] = []
     failed = 0
     for part, inside in parts if args.split_part else parts[:1]:
         for source, i in _chosen(inside, count):
@@ -132,11 +142,11 @@ def preview(args: argparse.Namespace) -> int:
             fields = sample if isinstance(sample, dict) else vars(sample)
             fields = {name: value for name, value in fields.items() if not name.startswith("__")}
             if args.sheet:
-                cells.append((_picture(fields), _caption(fields) or raw["__key__"]))
+                samples.append({"__key__": raw["__key__"], **fields})
             else:
                 _show_sample(heading, fields)
     if args.sheet:
-        _write_sheet(args.sheet, cells)
+        _write_sheet(args.sheet, samples)
     return BAD if failed else 0
 
 
@@ -176,39 +186,19 @@ def _show_sample(heading: str, fields: dict[str, Any]) -> None:
     for name, value in fields.items():
         start = f"  {one_line(name):<{widest}}  "
         print(start + describe(value, width - len(start)))
-    picture = _picture(fields) if can_draw(sys.stdout) else None
+    picture = picture_of(next(pictures_in(fields), None)) if can_draw(sys.stdout) else None
     if picture is not None:
         for line in half_blocks(picture, min(width - 2, 64), 18):
             print("  " + line)
     print()
 
 
-def _picture(fields: dict[str, Any]) -> Any:
-    """The first picture in the fields, or None."""
-    values = [v for value in fields.values() for v in (value if _is_list(value) else [value])]
-    return next((found for value in values if (found := picture_of(value)) is not None), None)
-
-
-def _caption(fields: dict[str, Any]) -> str:
-    """The texts and numbers in the fields."""
-    texts = []
-    for name, value in fields.items():
-        if isinstance(value, int | float):
-            texts.append(f"{name}: {value}")
-        texts += [v for v in (value if _is_list(value) else [value]) if isinstance(v, str)]
-    return " · ".join(texts)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)
-
-
-def _write_sheet(path: str, cells: list[tuple[Any, str]]) -> None:
-    if all(picture is None for picture, _ in cells):
-        raise ValueError("there are no pictures in these samples to draw a sheet of")
-    pictures, captions = zip(*cells, strict=True)
-    sheet = contact_sheet(pictures, captions, columns=min(6, math.ceil(len(cells) ** 0.5)))
+def _write_sheet(path: str, samples: list[dict[str, Any]]) -> None:
+    if not samples:
+        raise ValueError("no sample can be drawn")
+    across = min(6, math.ceil(len(samples) ** 0.5))
+    sheet = show(samples, columns=across, cell=224, limit=len(samples))
     file = io.BytesIO()
     sheet.save(file, "PNG")
     files.write_atomic(path, file.getvalue())
-    print(f"{path}: {counted(len(cells), 'sample')}, {sheet.width} x {sheet.height} pixels")
+    print(f"{path}: {counted(len(samples), 'sample')}, {sheet.width} x {sheet.height} pixels")

@@ -8,13 +8,14 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import NamedTuple, cast
 
-from energon_fn.cli.terminal import columns, counted, describe, one_line, seen_from
-from energon_fn.compose import Blend, Concat, Epochized, Join, Subset, Using
+from energon_fn.cli.terminal import columns, seen_from
 from energon_fn.disk.fields import is_ours
 from energon_fn.disk.joined import Joined
 from energon_fn.disk.source import Samples
-from energon_fn.opening import Opened
-from energon_fn.outline import Node
+from energon_fn.look.values import counted, describe, one_line
+from energon_fn.recipes.compose import Blend, Concat, Epochized, Join, Subset, Using
+from energon_fn.recipes.opening import Opened
+from energon_fn.recipes.outline import Node
 
 
 class _Line(NamedTuple):

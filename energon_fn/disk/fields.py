@@ -21,7 +21,7 @@ import reprlib
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -251,22 +251,44 @@ class FieldMap:
         return PartFilter(frozenset(a.part for each in self.accesses.values() for a in each))
 
     def __call__(self, raw: dict[str, Any]) -> Any:
-        values = {name: raw[name] for name in self.carried if name in raw}
-        for name, accesses in self.accesses.items():
-            missing = []
-            for access in accesses:
-                try:
-                    values[name] = access.value(raw)
-                    break
-                except LookupError as error:
-                    missing.append(str(error))
-            else:
-                raise SampleError(
-                    f"sample {_whereabouts(raw)}: no value for {name!r}: {'; '.join(missing)}. The "
-                    f"field map of {self.where} says {name}: {','.join(map(str, accesses))}. "
-                    "Exclude the sample in split.yaml, or add an alternative after a comma."
-                )
-        return self.sample_type(**values)
+        # This runs for every sample: Access.value of each field's first alternative, written out.
+        sample_type, carried, fields = self._at_hand
+        values = {}
+        for name in carried:
+            if name in raw:
+                values[name] = raw[name]
+        for name, part, path, accesses in fields:
+            try:
+                value = raw[part]
+                for step in path:
+                    value = value[step] if type(value) is dict else _inside(value, step)
+            except (LookupError, ValueError):
+                value = self._value(raw, name, accesses)
+            values[name] = value
+        return sample_type(**values)
+
+    def _value(self, raw: Mapping[str, Any], name: str, accesses: tuple[Access, ...]) -> Any:
+        """What the first access that leads somewhere leads to."""
+        missing = []
+        for access in accesses:
+            try:
+                return access.value(raw)
+            except LookupError as error:
+                missing.append(str(error))
+        raise SampleError(
+            f"sample {_whereabouts(raw)}: no value for {name!r}: {'; '.join(missing)}. The "
+            f"field map of {self.where} says {name}: {','.join(map(str, accesses))}. "
+            "Exclude the sample in split.yaml, or add an alternative after a comma."
+        )
+
+    @cached_property
+    def _at_hand(self) -> tuple[type[Any], tuple[str, ...], list[Any]]:
+        """The type, the names that are carried, and name, part, path and accesses of each field."""
+        fields = [(name, *accesses[0], accesses) for name, accesses in self.accesses.items()]
+        return self.sample_type, self.carried, fields
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {own.name: getattr(self, own.name) for own in dataclasses.fields(self)}
 
 
 @dataclass(frozen=True)

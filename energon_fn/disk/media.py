@@ -211,16 +211,26 @@ class _NeedsPyAV(ImportError):
     pass
 
 
-def av_metadata(file: IO[bytes]) -> AVMetadata:
-    """The metadata of audio or video; ImportError without PyAV, and what it raises for others."""
+def open_recording(file: IO[bytes]) -> Any:
+    """PyAV's container of audio or video; ImportError without PyAV, what it raises for others."""
     try:
         import av
     except ImportError as error:
         needs = "audio and video need PyAV: `pip install energon-fn[av]`"
         raise _NeedsPyAV(needs) from error
-    cover = av.stream.Disposition.attached_pic
-    with av.open(file, metadata_errors="ignore") as container:
-        video = next((s for s in container.streams.video if not s.disposition & cover), None)
+    excused: dict[str, Any] = {"metadata_errors": "ignore"}  # texts that are no UTF-8
+    if int(av.__version__.split(".")[0]) >= 19:  # which excuses them itself
+        excused.clear()
+    return av.open(file, **excused)
+
+
+def av_metadata(file: IO[bytes]) -> AVMetadata:
+    """The metadata of audio or video; raises as :func:`open_recording` does."""
+    with open_recording(file) as container:
+        from av.stream import Disposition  # it is there
+
+        cover = Disposition.attached_pic
+        video: Any = next((s for s in container.streams.video if not s.disposition & cover), None)
         audio = next(iter(container.streams.audio), None)
         if video is None and audio is None:
             raise ValueError("there is neither audio nor video in it")

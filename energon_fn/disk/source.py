@@ -10,21 +10,24 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol
 
 from toolz import identity
 
 from energon_fn.disk import files, metadata
-from energon_fn.disk.index import Index, cached_index, has_parts
+from energon_fn.disk.index import Entry, Index, cached_index, has_parts
 from energon_fn.disk.metadata import every_part
 from energon_fn.disk.tars import Part
 from energon_fn.errors import DatasetError, logger
 from energon_fn.samples import CrudeSample, SourceInfo
 from energon_fn.seeds import number
 
+LARGE = 16 * 1024
+"""Bytes of a sample from which on it pays to have the system begin to read it early."""
 NEAR = 64 * 1024
 """A sample's parts are read at once if less than so many bytes lie between them."""
 
@@ -144,19 +147,23 @@ class Source:
         >>> raw["__sources__"][0].file_names
         ('a/1.jpg', 'a/1.txt')
         """
-        shard, sample = self._place(i)
-        key, parts = self.index.parts(shard, sample)
-        if self.part_filter is not every_part:
-            is_wanted = self.part_filter
-            parts = tuple([part for part in parts if is_wanted(part[0])])
-        path = self._paths[shard]
+        # This runs for every sample: what is the same for all is at hand in one tuple.
+        starts, places, parts_of, is_wanted = self._at_hand
+        if not 0 <= i < starts[-1]:
+            raise self._lacks(i)
+        shard, shift, path, shard_name = places[bisect_right(starts, i) - 1]
+        key, parts = parts_of(shard, i + shift)
+        for part in parts:
+            if not is_wanted(part[0]):
+                parts = tuple([part for part in parts if is_wanted(part[0])])
+                break
         names = (f"{key}.{parts[0][0]}",) if len(parts) == 1 else _names(key, parts)
         # One display: the parts' names, which come behind, cannot be any of these.
         raw: dict[str, Any] = {
             "__key__": key,
             "__restore_key__": (),
             "__subflavors__": {**self.subflavors},
-            "__sources__": (SourceInfo(self.path, i, self.shards[shard], names),),
+            "__sources__": (SourceInfo(self.path, i, shard_name, names),),
         }
         if len(parts) > 1 and _between(parts) < NEAR:
             first, last = parts[0][1], parts[-1]
@@ -167,6 +174,32 @@ class Source:
             for name, offset, size in parts:
                 raw[name] = files.read_at(path, offset, size)
         return raw
+
+    @cached_property
+    def is_large(self) -> bool:
+        """Whether samples, as the first ones are, are so large that reading them early pays."""
+        some, total = range(min(8, len(self))), 0
+        with suppress(DatasetError):  # which is told when they are loaded
+            for i in some:
+                path, parts = self._wanted(i)
+                total += 0 if files.is_packed(path) else sum(size for _, _, size in parts)
+        return total > LARGE * len(some)
+
+    def will_need(self, i: int) -> None:
+        """Have the system begin to read the ``i``-th sample, which will be loaded soon.
+
+        What is wrong with it is told when it is loaded.
+        """
+        with suppress(DatasetError):
+            path, parts = self._wanted(i)
+            for _, offset, size in parts:
+                files.will_need(path, offset, size)
+
+    def _wanted(self, i: int) -> tuple[str, list[Part]]:
+        """The shard that the sample is in, and those of its parts that are read."""
+        starts, places, parts_of, is_wanted = self._at_hand
+        shard, shift, path, _ = places[bisect_right(starts, i) - 1]
+        return path, [part for part in parts_of(shard, i + shift)[1] if is_wanted(part[0])]
 
     def make(
         self, raw: dict[str, Any], decode: Callable[[dict[str, Any]], dict[str, Any]] | None
@@ -239,12 +272,14 @@ class Source:
         return replace(self, subflavors={**self.subflavors, **subflavors})
 
     def _place(self, i: int) -> tuple[int, int]:
-        starts = self._starts
+        starts, places, *_ = self._at_hand
         if not 0 <= i < starts[-1]:
-            raise IndexError(f"there is no sample {i}: {self.path} has {starts[-1]}")
-        n = bisect_right(starts, i) - 1
-        shard, start, _ = self.segments[n]
-        return shard, start + i - starts[n]
+            raise self._lacks(i)
+        shard, shift, *_ = places[bisect_right(starts, i) - 1]
+        return shard, i + shift
+
+    def _lacks(self, i: int) -> IndexError:
+        return IndexError(f"there is no sample {i}: {self.path} has {len(self)}")
 
     # What follows is made once per process from the fields, and does not travel with them.
 
@@ -257,8 +292,26 @@ class Source:
         return [0, *accumulate(segment.stop - segment.start for segment in self.segments)]
 
     @cached_property
-    def _paths(self) -> list[str]:
-        return [os.path.join(self.path, name) for name in self.shards]
+    def _at_hand(
+        self,
+    ) -> tuple[
+        list[int],
+        list[tuple[int, int, str, str]],
+        Callable[[int, int], Entry],
+        Callable[[str], bool],
+    ]:
+        """What :meth:`load` needs: the last is the part filter, asked once for each name.
+
+        The second is, for each segment, its shard's number, by how much places in the shard exceed
+        positions here, and the shard's path and name.
+        """
+        paths = [os.path.join(self.path, name) for name in self.shards]
+        places = [
+            (segment.shard, segment.start - at, paths[segment.shard], self.shards[segment.shard])
+            for at, segment in zip(self._starts, self.segments, strict=False)
+        ]
+        # Bounded: names with many dots make many part names.
+        return self._starts, places, self.index.parts, lru_cache(maxsize=4096)(self.part_filter)
 
     @cached_property
     def _segments_of(self) -> dict[int, list[tuple[int, Segment]]]:

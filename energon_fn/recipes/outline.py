@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from energon_fn.compose import Blend, Concat, Epochized, Join, Recipe, Subset, Using, within
 from energon_fn.errors import DatasetError
-from energon_fn.metadataset import is_metadataset, read_metadataset
+from energon_fn.recipes.compose import Blend, Concat, Epochized, Join, Recipe, Subset, Using, within
+from energon_fn.recipes.metadataset import is_metadataset, read_metadataset
 
 
 @dataclass(frozen=True)

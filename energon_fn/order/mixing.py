@@ -1,8 +1,9 @@
 """The order of several datasets together: blends and epochs of a given make-up, decided on keys.
 
-The datasets share one numbering: :attr:`~energon_fn.plan.Plan.first` says where each begins in it,
-so that a key stays ``(epoch, index)``. An order is a tree of :class:`~energon_fn.plan.Plan`,
-:class:`Blend` and :class:`Rounds`; the functions below take any of them.
+The datasets share one numbering: :attr:`~energon_fn.order.plan.Plan.first` says where each begins
+in it, so that a key stays ``(epoch, index)``. An order is a tree of
+:class:`~energon_fn.order.plan.Plan`, :class:`Blend` and :class:`Rounds`; the functions below take
+any of them.
 
 Every lane draws from its own share of every dataset, and which dataset comes when is a function of
 the position, as everything here. This is how datasets are spread evenly: think of the j-th sample
@@ -24,8 +25,9 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 
-from energon_fn import plan, seeds
-from energon_fn.plan import Key, Plan
+from energon_fn import seeds
+from energon_fn.order import plan
+from energon_fn.order.plan import Key, Plan
 
 State: TypeAlias = Any
 """Plain data: ints and tuples of them."""
@@ -171,9 +173,7 @@ def drawn(order: Order, lane: int, state: State) -> list[int]:
     match order:
         case Plan():
             epoch, done = state
-            if not order.shuffle:
-                return [sum(plan.lane_size(order, e, lane) for e in range(epoch)) + done]
-            return [plan.lane_count(order, lane, epoch * order.total) + done]
+            return [plan.lane_total(order, epoch, lane) + done]
         case Rounds():
             epoch, done = state
             counts = _round_counts(order, epoch, lane, done)

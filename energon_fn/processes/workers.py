@@ -1,90 +1,43 @@
 """Worker processes: each runs some lanes of a rank and sends their batches in turn.
 
-A worker is told ``(run, epoch, lanes with their states)`` and from then on sends ``(run,
-delivery)``, at most ``prefetch`` ahead of what was received. Since every batch comes with its
-lane's state, a worker that dies is started again behind the last batch that was received from it,
-and nobody notices but the log. The connection is the only tie: when either side is gone, the other
-sees it closed.
+A worker is told ``(run, epoch, lanes with their states)`` and from then on sends messages of a run
+and some deliveries, at most ``prefetch`` messages ahead of what was received. Since every batch
+comes with its lane's state, a worker that dies is started again behind the last batch that was
+delivered, and nobody notices but the log. The connection is the only tie: when either side is gone,
+the other sees it closed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
-import multiprocessing.connection
 import os
-import pickle
+import select
 import signal
 import sys
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from socket import socket, socketpair
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
-from energon_fn import position, seeds, wire
+from energon_fn import position
 from energon_fn.errors import WorkerError, logger
 from energon_fn.guard import describe
-from energon_fn.streams import State, Stream
+from energon_fn.processes import wire
+from energon_fn.processes.outbox import Outbox, next_message
+from energon_fn.processes.turns import Delivery, Streams, deliveries
+from energon_fn.streams import State
 
-Streams = Callable[[int, int], Stream[Any]]
-"""``(lane, epoch) -> stream``; it must pickle where workers are spawned and not forked."""
-
-ASKED = None  # the question what a worker is doing
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """A lane's next batch and its state after it. At the lane's end both are None."""
-
-    lane: int
-    batch: Any = None
-    state: State = None
-    counts: Mapping[str, float] = field(default_factory=dict)
-    """What was counted on the way to it, see :func:`energon_fn.position.count`."""
-
-
-def deliveries(streams: Streams, epoch: int, lanes: dict[int, State]) -> Iterator[Delivery]:
-    """The batches of the lanes in turn, the first lane first; of a lane that ends, its end, once.
-
-    >>> def count(lane, epoch):
-    ...     return lambda state: ((n, n + 1) for n in range(state or 0, lane + 1))
-    >>> [(d.lane, d.batch) for d in deliveries(count, epoch=0, lanes={0: None, 1: None})]
-    [(0, 0), (1, 0), (0, None), (1, 1), (1, None)]
-    """
-    running = {lane: streams(lane, epoch)(state) for lane, state in lanes.items()}
-    while running:
-        for lane, stream in list(running.items()):
-            item = next(stream, None)
-            if item is None:
-                del running[lane]
-            counts = dict(position.here.counts)
-            position.here.counts.clear()
-            batch, state = item or (None, None)
-            yield Delivery(lane, batch, state, counts)
-
-
-class Local:
-    """Runs the lanes in this process; like a :class:`Pool` of no workers."""
-
-    def __init__(self, streams: Streams):
-        self._streams = streams
-
-    def start(self, epoch: int, lanes: dict[int, State]) -> None:
-        self._turns = deliveries(self._streams, epoch, lanes)
-
-    def receive(self) -> Delivery:
-        with seeds.untouched():  # this process has random numbers of its own
-            return next(self._turns)
-
-    def close(self) -> None:
-        """Nothing to end."""
+LOOK_EVERY = 0.05
+"""Seconds after which a worker that is stuck with a batch is seen to have others to send."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +45,7 @@ class PoolOptions:
     """How workers are run; see :func:`~energon_fn.get_loader`."""
 
     prefetch: int = 2
-    """Batches that each worker makes ahead."""
+    """Batches that each worker makes ahead; small ones in a message count as one."""
     restarts: int = 3
     """How many deaths in all are made good."""
     context: str | None = None
@@ -110,6 +63,10 @@ class Worker(NamedTuple):
     work: socket
     questions: socket
     borrower: wire.Borrower
+    came: select.poll
+    """Tells whether something came by ``work``."""
+    received: deque[wire.Parts]
+    """Deliveries of this run that came and were not asked for yet."""
 
 
 class Pool:
@@ -146,29 +103,37 @@ class Pool:
 
     def receive(self) -> Delivery:
         """The next delivery. Raises what the lane's functions raised."""
-        while True:
-            number = self._worker_of[next(iter(self._lanes))]
+        number = self._worker_of[next(iter(self._lanes))]
+        while not self._workers[number].received:
             worker = self._workers[number]
             self._wait(number)
             try:
-                run, message = worker.borrower.receive(worker.work)
-                # Its answer to every message: one more may be made ahead, and in which memory.
+                run, *deliveries = worker.borrower.receive(worker.work)
+                # The answer to every message: one more may be sent, and in which memory.
                 wire.send(worker.work, worker.borrower.give_back())
             except (EOFError, ConnectionError):
                 self._restart(number)
                 continue
-            if run != self._run:
-                continue
-            if isinstance(message, Exception):
-                raise message
-            delivery: Delivery = message
-            return delivery
+            if wire.loads(run) == self._run:
+                worker.received.extend(deliveries)
+        delivery: Delivery | Exception = wire.loads(self._workers[number].received.popleft())
+        if isinstance(delivery, Exception):
+            raise delivery
+        return delivery
+
+    def news(self) -> Mapping[str, float]:
+        """What was counted and comes with no delivery so far; nothing of workers that hang."""
+        news: defaultdict[str, float] = defaultdict(float)
+        for worker in self._workers:
+            for name, amount in _ask(worker, "news", seconds=1).get("news", {}).items():
+                news[name] += amount
+        return news
 
     def _wait(self, number: int) -> None:
         """Wait for the worker to send something; if it hangs, end it."""
         worker, seconds, steps = self._workers[number], self._options.watchdog, -1
-        while not multiprocessing.connection.wait([worker.work], seconds):
-            status = _ask(worker)
+        while not worker.came.poll(None if seconds is None else 1000 * seconds):
+            status = _ask(worker, "status", seconds=5)
             if status.get("steps", steps) != steps:
                 steps = status["steps"]
                 continue
@@ -185,11 +150,12 @@ class Pool:
 
     def _command(self, number: int) -> None:
         lanes = {lane: s for lane, s in self._lanes.items() if self._worker_of[lane] == number}
-        # As an array, large states go through shared memory: the worker may be waiting for this
-        # side to receive, and not read what does not fit into the socket.
-        command = np.frombuffer(pickle.dumps((self._run, self._epoch, lanes)), np.uint8)
+        self._workers[number].received.clear()
+        command = wire.dumps((self._run, self._epoch, lanes))
         with contextlib.suppress(ConnectionError):  # then receiving will fail, and restart it
-            wire.Lender().send(self._workers[number].work, *wire.dumps(command))
+            # With a lender, large states go through shared memory: the worker may be waiting for
+            # this side to receive, and not read what does not fit into the socket.
+            wire.Lender().send(self._workers[number].work, [command])
 
     def _restart(self, number: int) -> None:
         process = self._workers[number].process
@@ -227,7 +193,7 @@ def _start(streams: Streams, options: PoolOptions) -> Worker:
     for connection in theirs:
         connection.close()
     work, questions = ours
-    return Worker(process, work, questions, wire.Borrower())
+    return Worker(process, work, questions, wire.Borrower(), wire.poll(work), deque())
 
 
 def _end(workers: list[Worker], after: Callable[[], object], process: int) -> None:
@@ -247,28 +213,45 @@ def _stop(workers: list[Worker]) -> None:
         worker.process.join()
 
 
-def _ask(worker: Worker) -> dict[str, Any]:
-    """What a worker is doing; nothing if it does not answer."""
-    worker.questions.settimeout(5)
+def _ask(worker: Worker, what: str, seconds: float) -> dict[str, Any]:
+    """What a worker is doing, or has counted; nothing if it does not answer."""
+    number = next(_numbers)
     try:
-        wire.send(worker.questions, ASKED)
-        answer: dict[str, Any] = wire.receive(worker.questions)
+        worker.questions.settimeout(seconds)
+        wire.send(worker.questions, (number, what))
+        while True:
+            answered, answer = wire.receive(worker.questions)
+            if answered == number:  # and not a question that it was too late for
+                found: dict[str, Any] = answer
+                return found
     except (EOFError, OSError):
         return {}
-    return answer
 
 
-def _answer(questions: socket, thread: int) -> None:
-    """Tell what this worker is doing in ``thread``, whenever asked."""
+_numbers = itertools.count()
+
+
+def _attend(questions: socket, thread: int, outbox: Outbox) -> None:
+    """Answer questions on what this worker does in ``thread``; see that it sends what it has."""
+    came = wire.poll(questions)
     with contextlib.suppress(EOFError, OSError):
         while True:
-            wire.receive(questions)
-            here = position.here
-            stack = "".join(traceback.format_stack(sys._current_frames()[thread]))
-            item = here.item if here.stage == "load" else describe(here.item)
-            answer = {"steps": here.steps, "stage": here.stage, "item": str(item), "stack": stack}
-            wire.send(questions, answer)
+            while not came.poll(1000 * LOOK_EVERY):
+                outbox.send_old()
+            number, what = wire.receive(questions)
+            wire.send(questions, (number, _status(thread) if what == "status" else _news()))
     os._exit(0)  # nobody is there any more, whatever the other thread is still busy with
+
+
+def _news() -> dict[str, Any]:
+    return {"news": position.here.meters.news()}
+
+
+def _status(thread: int) -> dict[str, Any]:
+    here = position.here
+    stack = "".join(traceback.format_stack(sys._current_frames()[thread]))
+    item = here.item if here.stage == "load" else describe(here.item)
+    return {"steps": here.meters.calls, "stage": here.stage, "item": str(item), "stack": stack}
 
 
 _ours: weakref.WeakSet[socket] = weakref.WeakSet()
@@ -278,6 +261,8 @@ def _close_inherited() -> None:
     # A worker that held its siblings' connections open would keep them from seeing the end.
     for connection in list(_ours):
         connection.close()
+    # Nor are its parent's children its own, which multiprocessing would end together with it.
+    getattr(multiprocessing.process, "_children", set()).clear()
 
 
 os.register_at_fork(after_in_child=_close_inherited)
@@ -285,67 +270,15 @@ os.register_at_fork(after_in_child=_close_inherited)
 
 def _work(connection: socket, questions: socket, streams: Streams, prefetch: int) -> None:
     """What a worker process does until its connection is closed."""
-    asked = threading.Thread(target=_answer, args=(questions, threading.get_ident()), daemon=True)
-    asked.start()
+    outbox = Outbox(connection, prefetch)
+    attended = questions, threading.get_ident(), outbox
+    threading.Thread(target=_attend, args=attended, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, ConnectionError):
-        ends, ahead = Ends(connection, wire.Lender(), wire.Borrower()), 0
-        command = ends.borrower.receive(connection)
         while True:
-            run, epoch, lanes = pickle.loads(command)
+            epoch, lanes = outbox.begin()
             turns = deliveries(streams, epoch, lanes)
-            ahead, command = _carry_out(ends, prefetch, ahead, run, turns)
-
-
-class Ends(NamedTuple):
-    """A worker's side of its connection for work."""
-
-    connection: socket
-    lender: wire.Lender
-    borrower: wire.Borrower
-
-
-def _carry_out(
-    ends: Ends, prefetch: int, ahead: int, run: int, turns: Iterator[Delivery]
-) -> tuple[int, Any]:
-    """Send all that comes of a command.
-
-    Gives back how many messages are not answered yet, and the next command, which may come before
-    all is sent.
-    """
-    connection, lender, borrower = ends
-    while message := _next_message(turns):
-        while ahead >= prefetch:
-            command = borrower.receive(connection)
-            if not isinstance(command, list):
-                return ahead, command
-            lender.take_back(command)
-            ahead -= 1
-        try:
-            data = wire.dumps((run, message))
-        except Exception as error:
-            what = type(getattr(message, "batch", message)).__qualname__
-            data = wire.dumps((run, TypeError(
-                f"a batch of type {what} cannot be sent from a worker: {error}. Define what is in "
-                "it (classes, functions) at the top level of a module, or load with num_workers=0."
-            )))  # fmt: skip
-        lender.send(connection, *data)
-        ahead += 1
-    while isinstance(command := borrower.receive(connection), list):
-        lender.take_back(command)
-        ahead -= 1
-    return ahead, command
-
-
-def _next_message(turns: Iterator[Delivery]) -> Delivery | Exception | None:
-    try:
-        return next(turns, None)
-    except Exception as error:
-        trace = "".join(traceback.format_exception(error))
-        try:
-            portable: Exception = pickle.loads(pickle.dumps(error))
-        except Exception:
-            portable = RuntimeError(f"{type(error).__qualname__}: {error}")
-        portable.add_note(f"in worker process {os.getpid()}, whose traceback is\n{trace}")
-        return portable
+            while (message := next_message(turns)) and outbox.put(message):
+                pass
+            outbox.flush()

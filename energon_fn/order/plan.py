@@ -3,7 +3,7 @@
 A *key* is ``(epoch, index)``: the ``index``-th sample of the dataset in its ``epoch``-th round. The
 keys of an epoch are shared out over *lanes*; a lane's stream of keys is a pure function of the
 plan and the lane, so its state is two ints, and any position can be computed without what came
-before it. This file orders one dataset; :mod:`energon_fn.mixing` mixes several.
+before it. This file orders one dataset; :mod:`energon_fn.order.mixing` mixes several.
 
 Training: the dataset is cut into sequences of neighbouring samples, the sequences are permuted,
 each lane gets an equal run of the result, and the run is mixed within windows of
@@ -119,12 +119,25 @@ def state_after(plan: Plan, lane: int, count: int) -> State:
     """
     if not count:
         return 0, 0
-    # While the shares go round once, the lane gets every one of them.
-    rounds, before = divmod(count - 1, plan.total) if plan.shuffle else (0, count - 1)
+    # After as many epochs as there are lanes the shares have gone round, and begin anew.
+    rounds, before = divmod(count - 1, lane_total(plan, plan.lanes, lane))
     epoch, count = rounds * plan.lanes, before + 1
     while count > (size := lane_size(plan, epoch, lane)):
         epoch, count = epoch + 1, count - size
     return epoch, count
+
+
+def lane_total(plan: Plan, epochs: int, lane: int) -> int:
+    """How many samples the lane gets in the first ``epochs`` epochs.
+
+    >>> [lane_total(Plan(runs=(5,), lanes=2), epochs=1000, lane=l) for l in range(2)]
+    [2500, 2500]
+    """
+    if plan.shuffle:
+        return lane_count(plan, lane, epochs * plan.total)
+    rounds, rest = divmod(epochs, plan.lanes)  # the deal begins anew
+    sizes = [lane_size(plan, epoch, lane) for epoch in range(min(epochs, plan.lanes))]
+    return rounds * sum(sizes) + sum(sizes[:rest])
 
 
 def lane_count(plan: Plan, lane: int, count: int) -> int:

@@ -11,7 +11,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TypeAlias, cast
 
-from energon_fn.compose import (
+from energon_fn.disk import files
+from energon_fn.disk.joined import Joined, open_joined
+from energon_fn.disk.jsonl import is_jsonl, open_jsonl
+from energon_fn.disk.metadata import DATASET_YAML, SPLIT_YAML
+from energon_fn.disk.source import Samples, open_source
+from energon_fn.errors import DatasetError
+from energon_fn.recipes.compose import (
     Blend,
     Bound,
     Concat,
@@ -23,14 +29,8 @@ from energon_fn.compose import (
     Weight,
     share,
 )
-from energon_fn.disk import files
-from energon_fn.disk.joined import Joined, open_joined
-from energon_fn.disk.jsonl import is_jsonl, open_jsonl
-from energon_fn.disk.metadata import DATASET_YAML, SPLIT_YAML
-from energon_fn.disk.source import Samples, open_source
-from energon_fn.errors import DatasetError
-from energon_fn.metadataset import splits_of
-from energon_fn.outline import Node, outline
+from energon_fn.recipes.metadataset import splits_of
+from energon_fn.recipes.outline import Node, outline
 from energon_fn.stores import FileStore, open_store
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from energon_fn.disk import files
 from energon_fn.disk.jsonl import Jsonl
 from energon_fn.disk.source import Samples, Source, open_source
 from energon_fn.errors import DatasetError, FatalSampleError, SampleError, SkipSample
+from energon_fn.failures.quarantine import Failure
+from energon_fn.samples import SourceInfo
 
 CHUNK = 32
 """Samples that a worker checks at a time."""
@@ -28,6 +30,8 @@ class BadSample:
     key: str | None
     """None: the shard itself is missing, damaged or not what was indexed."""
     error: str
+    failure: Failure = field(repr=False)
+    """The same as a line of a quarantine file."""
 
     def __str__(self) -> str:
         return (
@@ -111,7 +115,13 @@ def open_shards(path: str | os.PathLike[str]) -> Iterator[Source | BadSample]:
             # By the name that it has in the folder.
             yield replace(source, path=folder, shards=(name,)) if folder else source
         except DatasetError as error:
-            yield BadSample(name, None, str(error))
+            yield _bad_shard(error, folder or path, 0, name)
+
+
+def _bad_shard(error: DatasetError, path: str, i: int, shard: str) -> BadSample:
+    """What is wrong with a shard; it was seen at the ``i``-th sample."""
+    sources = (SourceInfo(path, i, shard, ()),)
+    return BadSample(shard, None, str(error), Failure.of(error, None, sources, "load"))
 
 
 _Checked = tuple[int, list[BadSample]]
@@ -140,7 +150,7 @@ class _Check(Dataset[_Checked]):
             try:
                 raw = self.source.load(i)
             except DatasetError as error:
-                bad_samples.append(BadSample(shard, None, str(error)))
+                bad_samples.append(_bad_shard(error, self.source.path, i, shard))
                 break
             try:
                 self.source.make(raw, self._decoded)
@@ -149,7 +159,8 @@ class _Check(Dataset[_Checked]):
             except Exception as error:
                 known = isinstance(error, SampleError | DatasetError)
                 what = str(error) if known else f"{type(error).__name__}: {error}"
-                bad_samples.append(BadSample(shard, raw["__key__"], what))
+                failure = Failure.of(error, raw, raw["__sources__"], "decode")
+                bad_samples.append(BadSample(shard, raw["__key__"], what, failure))
         return end - first, bad_samples
 
     def _decoded(self, raw: dict[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 A recipe is plain data and nests: a path, or one of the functions below around recipes. Every place
 that takes a path takes a recipe too. The same can be written as a metadataset in YAML, see
-:mod:`energon_fn.metadataset`.
+:mod:`energon_fn.recipes.metadataset`.
 
 >>> from toolz import pipe
 >>> coco = pipe("data/coco", subset("0%", "80%"))
 >>> recipe = blend([(coco, 5), (blend_epochized([("data/a", 2), ("data/b", 0.5)]), 1)])
 
-A recipe's order is decided by :mod:`energon_fn.mixing`, on keys.
+A recipe's order is decided by :mod:`energon_fn.order.mixing`, on keys.
 """
 
 from __future__ import annotations

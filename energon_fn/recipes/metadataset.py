@@ -14,7 +14,7 @@
 
 A *block* is a ``path``, ``blend``, ``blend_epochized``, ``concat`` or ``join`` with options beside
 it, and all but the first hold blocks again. Nothing but the one file is read here: a path may lead
-to a dataset or to another metadataset, which :mod:`energon_fn.opening` finds out.
+to a dataset or to another metadataset, which :mod:`energon_fn.recipes.opening` finds out.
 
 The format is that of the published megatron-energon (its documents "Metadataset", "Joining
 Datasets", "Dataset Subsets", "Epochized Blending" and "Crude Datasets and Auxiliary Data"), where
@@ -35,7 +35,11 @@ from urllib.parse import quote
 
 import yaml
 
-from energon_fn.compose import (
+from energon_fn.disk import files
+from energon_fn.disk.fields import EntryError, is_ours, there_are
+from energon_fn.disk.metadata import META_FOLDER, _line_in, _Loader, _located, _mapping
+from energon_fn.errors import logger
+from energon_fn.recipes.compose import (
     Join,
     NonMatch,
     Recipe,
@@ -46,10 +50,6 @@ from energon_fn.compose import (
     join,
     subset,
 )
-from energon_fn.disk import files
-from energon_fn.disk.fields import EntryError, is_ours, there_are
-from energon_fn.disk.metadata import META_FOLDER, _line_in, _Loader, _located, _mapping
-from energon_fn.errors import logger
 
 _KINDS = ("path", "blend", "blend_epochized", "concat", "join")
 _OPTIONS = ("split_part", "split", "split_config", "dataset_config", "subflavors", "subflavor",
@@ -227,7 +227,7 @@ class _Entry:
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """What :mod:`energon_fn.compose` finds wrong is wrong with this entry."""
+        """What :mod:`energon_fn.recipes.compose` finds wrong is wrong with this entry."""
         try:
             yield
         except ValueError as error:

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageFont
 
-from energon_fn import sheet as sheets
-from energon_fn.sheet import FRAME, MAT, PAGE, contact_sheet
+from energon_fn import contact_sheet
+from energon_fn.look import sheet as sheets
+from energon_fn.look.sheet import FRAME, MAT, PAGE
 
 RED = (255, 0, 0)
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -80,6 +81,31 @@ def test_all_kinds_of_pictures_show_the_same() -> None:
     expected = contact_sheet([Image.fromarray(gray[:, :, 0])], ["x"]).tobytes()
     for kind in (gray, gray[:, :, 0], torch.from_numpy(gray[:, :, 0]), chw[:1], chw[:1] / 255):
         assert contact_sheet([kind], ["x"]).tobytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "is_one"),
+    [
+        (torch.zeros(3, 4, 4), True),
+        (torch.zeros(1, 4, 9, dtype=torch.bfloat16), True),
+        (torch.zeros(4, 4, 9, dtype=torch.uint8), True),
+        (torch.zeros(4, 9, dtype=torch.uint8), True),
+        (np.zeros((4, 9, 3), np.uint8), True),
+        (np.zeros((4, 9, 1)), True),
+        (Image.new("P", (1, 1)), True),
+        (torch.zeros(3, 3, 9), False),
+        (torch.zeros(2, 9, 9), False),
+        (torch.zeros(9, 9, 3), False),
+        (np.zeros((3, 9, 9)), False),
+        (torch.zeros(3, 9, 9, dtype=torch.int64), False),
+        (torch.zeros(9, 9), False),
+        (torch.zeros(3, 9, 9, device="meta"), False),
+        (b"\xff\xd8", False),
+    ],
+)
+def test_what_looks_like_a_picture(value: Any, is_one: bool) -> None:
+    assert sheets.is_picture(value) is is_one
+    assert (sheets.picture_of(value) is not None) is is_one
 
 
 def test_floats_outside_0_to_1_are_clipped_and_nan_is_black() -> None:

@@ -1,0 +1,61 @@
+"""The types of what :func:`~energon_fn.get_train_dataset` and its kind take, for type checkers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol, TypedDict, TypeVar
+
+from energon_fn.lanes import WorkerConfig
+from energon_fn.pipeline import Decoder
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class EncodesBatch(Protocol[T_co]):
+    """What tells the type of batches. :class:`~energon_fn.DefaultTaskEncoder` is of this type."""
+
+    def encode_batch(self, batch_data: Any, /) -> T_co | Iterator[T_co]: ...
+
+
+class EncodesSample(Protocol[T_co]):
+    """What tells the type of samples where they are not batched."""
+
+    def encode_sample(self, sample: Any, /) -> T_co | Iterator[T_co]: ...
+
+
+class Common(TypedDict, total=False):
+    """What training and validation have in common; see :func:`get_dataset`."""
+
+    split_part: str
+    batch_drop_last: bool
+    packing_buffer_size: int | None
+    worker_config: WorkerConfig | None
+    image_decode: str
+    min_size: int | tuple[int, int] | None
+    auto_decode: bool
+    decoder: Decoder | None
+    dataset_config: str
+    split_config: str
+    trust_dataset_code: bool
+
+
+class Train(Common, total=False):
+    """What is for training besides."""
+
+    shuffle_buffer_size: int | None
+    max_samples_per_sequence: int | None
+    virtual_epoch_length: int
+    shuffle_over_epochs_multiplier: int | None
+    repeat: bool
+
+
+class Val(Common, total=False):
+    """What is for validation besides."""
+
+    limit: int | None
+
+
+class Every(Train, Val, total=False):
+    """What :func:`get_dataset` has."""
+
+    shuffle: bool

@@ -1,0 +1,1 @@
+"""Samples that fail: found, written down, looked at step by step, left out."""

@@ -1,0 +1,1 @@
+"""The order: which sample when, decided on keys, before anything is read."""

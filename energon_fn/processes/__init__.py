@@ -1,0 +1,1 @@
+"""Worker processes, and how batches cross from them."""

@@ -1,0 +1,85 @@
+"""The turns of lanes: each gives a batch, with the state that goes with it, one after the other."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+from energon_fn import position, seeds
+from energon_fn.meters import Meters
+from energon_fn.streams import State, Stream
+
+Streams = Callable[[int, int], Stream[Any]]
+"""``(lane, epoch) -> stream``; it must pickle where workers are spawned and not forked."""
+
+NEWS_EVERY = 0.1
+"""Seconds in which what was counted is told once: with each of many small batches would be dear."""
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A lane's next batch and its state after it. At the lane's end both are None."""
+
+    lane: int
+    batch: Any = None
+    state: State = None
+    counts: Mapping[str, float] = field(default_factory=dict)
+    """By how much the sums of :class:`~energon_fn.meters.Meters` have grown, now and then."""
+    made: float = field(default_factory=time.monotonic)
+    """When it was made, in seconds by the clock that all processes share."""
+
+
+def deliveries(
+    streams: Streams, epoch: int, lanes: dict[int, State], meters: Meters | None = None
+) -> Iterator[Delivery]:
+    """The batches of the lanes in turn, the first lane first; of a lane that ends, its end, once.
+
+    meters: where it is counted, if the caller wants to see it.
+
+    >>> def count(lane, epoch):
+    ...     return lambda state: ((n, n + 1) for n in range(state or 0, lane + 1))
+    >>> [(d.lane, d.batch) for d in deliveries(count, epoch=0, lanes={0: None, 1: None})]
+    [(0, 0), (1, 0), (0, None), (1, 1), (1, None)]
+    """
+    here, told = position.here, -math.inf
+    here.meters = meters = Meters() if meters is None else meters
+    running = {lane: streams(lane, epoch)(state) for lane, state in lanes.items()}
+    while running:
+        for lane, stream in list(running.items()):
+            here.meters = meters  # in this process others may have run meanwhile
+            start = perf_counter()
+            item = next(stream, None)
+            now = perf_counter()
+            meters.counts["busy"] += now - start
+            if item is None:
+                del running[lane]
+            news: Mapping[str, float] = {}
+            if now - told >= NEWS_EVERY or not running:
+                news, told = meters.news(), now
+            batch, state = item or (None, None)
+            yield Delivery(lane, batch, state, news)
+
+
+class Local:
+    """Runs the lanes in this process; like a :class:`Pool` of no workers."""
+
+    def __init__(self, streams: Streams):
+        self._streams, self._meters = streams, Meters()
+
+    def start(self, epoch: int, lanes: dict[int, State]) -> None:
+        self._turns = deliveries(self._streams, epoch, lanes, self._meters)
+
+    def news(self) -> Mapping[str, float]:
+        """What was counted and comes with no delivery so far."""
+        return self._meters.news()
+
+    def receive(self) -> Delivery:
+        with seeds.untouched():  # this process has random numbers of its own
+            return next(self._turns)
+
+    def close(self) -> None:
+        """Nothing to end."""
