@@ -295,7 +295,7 @@ def test_files_are_read_alone_or_inside_of_a_training_checkpoint(
     with pytest.raises(StateError, match=r"broken\.json cannot be read"):
         checkpoint.read_state(tmp_path / "broken.json")
     torch.save({"loader": Path("a state of another library")}, tmp_path / "objects.pt")
-    with pytest.raises(StateError, match=r"objects\.pt holds more .* megatron-energon are not read"):
+    with pytest.raises(StateError, match=r"objects\.pt holds more .* are not read"):
         checkpoint.read_state(tmp_path / "objects.pt")
     with pytest.raises(DatasetError, match=r"missing\.pt"):
         checkpoint.read_state(tmp_path / "missing.pt")
