@@ -192,8 +192,12 @@ class Source:
         """
         with suppress(DatasetError):
             path, parts = self._wanted(i)
-            for _, offset, size in parts:
-                files.will_need(path, offset, size)
+            if len(parts) > 1 and _between(parts) < NEAR:
+                (_, first, _), (_, last, size) = parts[0], parts[-1]
+                files.will_need(path, first, last + size - first)
+            else:
+                for _, offset, size in parts:
+                    files.will_need(path, offset, size)
 
     def _wanted(self, i: int) -> tuple[str, list[Part]]:
         """The shard that the sample is in, and those of its parts that are read."""
