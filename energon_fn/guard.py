@@ -31,8 +31,8 @@ U = TypeVar("U")
 
 MAY_BE_NONE = ("select_samples_to_pack", "batch_group_criterion")
 """Functions whose results are no samples; who calls them checks them."""
-OF_LISTS = ("select_samples_to_pack", "pack_selected_samples", "batch")
-"""Functions of several samples. The first gives several groups of them."""
+OF_LISTS = (SELECTS := "select_samples_to_pack", "pack_selected_samples", "batch")
+"""Functions of several samples; the first gives several groups of them."""
 
 
 def guarded(
@@ -64,7 +64,7 @@ def guarded(
     failures, here = 0, position.here
     meter = here.meters[stage]
     if stage in OF_LISTS:
-        fn = _counting(fn, meter, stage == OF_LISTS[0])
+        fn = _counting(fn, meter, stage == SELECTS)
 
     def fail(error: Exception, item: T) -> None:
         nonlocal failures
@@ -97,10 +97,14 @@ def guarded(
             meter.lost += 1
             raise
         except Exception as error:
-            if start:
-                meter.took(perf_counter_ns() - start + here.elsewhere)
             meter.lost += 1
-            fail(error, item)
+            failed = perf_counter_ns()
+            if start:
+                meter.took(failed - start + here.elsewhere)
+            try:
+                fail(error, item)
+            finally:  # what is done about it is part of the stage's work
+                meter.ns += perf_counter_ns() - failed
             raise SkipSample from None
         if isinstance(result, GeneratorType):
             meter.lost += 1
@@ -153,7 +157,7 @@ def _counting(fn: Callable[[T], U], meter: Meter, gives_several: bool) -> Callab
     def call(items: T) -> U:
         meter.items += len(members(items))
         result = fn(items)
-        if gives_several and isinstance(result, list):
+        if gives_several and isinstance(result, list | tuple):
             meter.lost += 1
             meter.made += len(result)
         return result

@@ -7,11 +7,11 @@ their turns; that is all there is to know to go on from here.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from copy import copy
 from dataclasses import replace
 from itertools import chain
-from time import monotonic, perf_counter
+from time import perf_counter
 from typing import Any, Generic, Self, TypeVar
 
 import torch
@@ -30,6 +30,8 @@ from energon_fn.processes.workers import Pool, PoolOptions
 from energon_fn.samples import pin_memory
 from energon_fn.streams import State
 
+NEWS_EVERY = 0.02
+"""Seconds in which what was counted is asked for once: with each of many small batches is dear."""
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
@@ -47,6 +49,7 @@ class Loader(Generic[T_co]):
         self._runner: Local | Pool | None = None
         self._restored = 0  # how often
         self._sums: defaultdict[str, float] = defaultdict(float)
+        self._heard = 0.0  # when what was counted was last added to the sums
         self._begin(epoch=0)
 
     def _begin(self, epoch: int) -> None:
@@ -137,8 +140,7 @@ class Loader(Generic[T_co]):
     def report(self) -> Report:
         """What happened so far, in all iterations: see :class:`~energon_fn.look.report.Report`."""
         config, threads = self.dataset.worker_config, self.dataset.threads
-        if self._runner:
-            self._add(self._runner.news())
+        self._hear()
         stages = chain.from_iterable(steps(self.dataset).values())
         return make_report(stages, self._sums, self.drawn(), config.num_workers, threads)
 
@@ -272,24 +274,25 @@ class Loader(Generic[T_co]):
         while self._lanes:
             try:
                 delivery = runner.receive()
+                ends = delivery.state is None and len(self._lanes) == 1
+                if ends or perf_counter() > self._heard + NEWS_EVERY:
+                    self._hear()
+                    self._check_failures()
             except BaseException:
                 self.close()  # the next iteration starts anew, behind the last batch
                 raise
             del self._lanes[delivery.lane]
-            # Summed up, and divided by the time it all took, it is how many are ready on average
-            # (Little's law).
-            self._sums["queued"] += monotonic() - delivery.made
-            if delivery.counts:
-                self._add(delivery.counts)
-                self._check_failures()
             if delivery.state is not None:
                 self._lanes[delivery.lane] = delivery.state  # its next turn is after all others'
                 return delivery
         return None
 
-    def _add(self, counts: Mapping[str, float]) -> None:
-        for name, amount in counts.items():
-            self._sums[name] += amount
+    def _hear(self) -> None:
+        """Add up what was counted since the last time."""
+        self._heard = perf_counter()
+        if self._runner is not None:
+            for name, amount in self._runner.news().items():
+                self._sums[name] += amount
 
     def _check_failures(self) -> None:
         """Raise :class:`~energon_fn.FatalSampleError` if more failed than the config accepts."""
@@ -305,7 +308,6 @@ class Loader(Generic[T_co]):
             limit = f"max_failure_rate={rate} accepts (of 1,000 at least)"
         else:
             return
-        self.close()
         raise FatalSampleError(
             f"{failed:,} failures with {loaded:,} samples on this rank are more than {limit}. The "
             "log tells which; global_error_handler=quarantine(FILE) writes them down."
@@ -320,7 +322,7 @@ class Loader(Generic[T_co]):
     def close(self) -> None:
         """End the worker processes; iterating starts them again. They also end with the loader."""
         if self._runner is not None:
-            self._add(self._runner.news())
+            self._hear()
             self._runner.close()
             self.dataset.cache_pool.close()
         self._runner, self._started = None, False

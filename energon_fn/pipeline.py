@@ -163,7 +163,7 @@ class Dataset(Generic[T_co]):
 
         Raises :class:`~energon_fn.StateError` if nothing of that key is made here.
         """
-        with seeds.untouched():
+        with seeds.untouched(), position.apart():
             match tupled(key):
                 case ("batch", int() as epoch, int() as lane, (_, int()) as state):
                     items = self.lane_stream(lane, epoch)(state)
@@ -484,7 +484,7 @@ def load(
             sample = make(n)(raw)
         except SkipSample:
             continue
-        if threads:
+        finally:
             here.elsewhere = 0
         yield sample
 

@@ -7,6 +7,8 @@ what it hangs in.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +40,22 @@ class Position:
 
 
 here = Position()
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Count what is done inside of it for nobody.
+
+    >>> with apart():
+    ...     count("packs", 1)
+    >>> "packs" in here.meters.counts
+    False
+    """
+    meters, here.meters = here.meters, Meters()
+    try:
+        yield
+    finally:
+        here.meters = meters
 
 
 def at(where: object) -> None:

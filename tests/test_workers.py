@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -451,19 +452,20 @@ def test_a_slow_consumer_bounds_how_many_small_batches_are_made_ahead(
 ) -> None:
     streams = Small(tmp_path / "made", length=1000, size=size)
     pool, left = Pool(streams, 2, PoolOptions(prefetch=2)), dict.fromkeys(range(4))
-    idle, started = 0.0, time.monotonic()
+    counted, started = Counter[str](), time.monotonic()
     pool.start(0, left)
     for n in range(1, 40):
         item = pool.receive()
         left[item.lane] = left.pop(item.lane) or item.state
-        idle += item.counts.get("idle", 0)
-        assert started < item.made < time.monotonic()
+        counted.update(pool.news())
         if n % 13 == 0:
             time.sleep(0.2)
         # Two messages on the way, one that waits, and one that is being delivered.
         assert streams.made() <= n + 2 * together * (2 + 2)
+    took = time.monotonic() - started
     pool.close()
-    assert (idle > 0) == (together < 16)
+    assert (counted["idle"] > 0) == (together < 16)
+    assert 0 < counted["queued"] < 39 * took
 
 
 def test_large_states_do_not_make_both_sides_wait_for_each_other() -> None:

@@ -25,7 +25,6 @@ from energon_fn.guard import bookkeeping
 from energon_fn.look.inside import pictures_in
 from energon_fn.look.show import show
 from energon_fn.look.values import describe, fields_of, one_line, seen, shorten
-from energon_fn.meters import Meters
 from energon_fn.pipeline import Dataset, lifts, steps
 from energon_fn.samples import key_of
 
@@ -118,13 +117,8 @@ def trace(dataset: Dataset[Any], key: Any) -> Trace:
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(f"trace takes a dataset, not {dataset!r}: that of a loader is its .dataset")
-    meters = position.here.meters
-    position.here.meters = Meters()  # a loader's would count this, too
-    try:
-        with seeds.untouched():
-            return _traced(replace(dataset, threads=0), tupled(key))
-    finally:
-        position.here.meters = meters
+    with seeds.untouched(), position.apart():
+        return _traced(replace(dataset, threads=0), tupled(key))
 
 
 def index_of(dataset: Dataset[Any], key: str, path: str | None = None) -> int | None:

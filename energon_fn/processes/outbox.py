@@ -17,6 +17,7 @@ from socket import socket
 from typing import Any
 
 from energon_fn import position
+from energon_fn.meters import Meters
 from energon_fn.processes import wire
 from energon_fn.processes.turns import Delivery
 from energon_fn.streams import State
@@ -26,6 +27,8 @@ MESSAGE_BATCHES = 16
 """Batches go together in a message up to so many bytes or batches ..."""
 TOGETHER = 0.01
 """... and in so many seconds; one that takes longer to make goes at once."""
+NEWS_EVERY = 0.05
+"""Seconds in which what was counted is told once: with each of many small messages is dear."""
 
 
 class Outbox:
@@ -34,21 +37,22 @@ class Outbox:
     Its methods are the working thread's, but for :meth:`send_old`.
     """
 
-    def __init__(self, connection: socket, prefetch: int):
-        self._connection, self._prefetch = connection, prefetch
+    def __init__(self, connection: socket, prefetch: int, meters: Meters):
+        self._connection, self._prefetch, self._meters = connection, prefetch, meters
         self._came, self._lock = wire.poll(connection), threading.Lock()
         self._lender, self._borrower = wire.Lender(), wire.Borrower()
         self._ahead = 0  # messages that are not answered yet
         self._commands: list[Any] = []
-        self._message: list[wire.Parts] = []  # not sent yet: the run, then what was put
+        self._message: list[wire.Parts] = []  # what was put and is not sent yet
+        self._told = -math.inf  # when the meters' news were
 
     def begin(self) -> tuple[int, dict[int, State]]:
         """Wait for a command; gives back the epoch and the lanes with their states."""
         with self._lock:
             while not self._commands:
                 self._listen()
-            run, epoch, lanes = self._commands.pop(0)
-            self._message, self._size = [wire.dumps(run)], 0
+            self._run, epoch, lanes = self._commands.pop(0)
+            self._message, self._size = [], 0
             self._done = -math.inf  # the first delivery goes at once
         return epoch, lanes
 
@@ -59,13 +63,15 @@ class Outbox:
         """
         now, parts = time.monotonic(), _dumps(thing)
         with self._lock:
-            if len(self._message) == 1:
+            if isinstance(thing, Exception) or thing.state is None:
+                self._told = -math.inf  # there may be nothing behind an error or a lane's end
+            if not self._message:
                 self._since = now
             self._message.append(parts)
             self._size += wire.size(parts)
             while self._came.poll(0):
                 self._listen()
-            full = self._size >= MESSAGE_BYTES or len(self._message) > MESSAGE_BATCHES
+            full = self._size >= MESSAGE_BYTES or len(self._message) >= MESSAGE_BATCHES
             if full and self._ahead >= self._prefetch:
                 asked = time.monotonic()
                 while self._ahead >= self._prefetch and not self._commands:
@@ -74,7 +80,7 @@ class Outbox:
             took = now - self._done  # and so long, it seems, the next will take
             if full or now + took > self._since + TOGETHER:
                 self._send()
-            if len(self._message) > 1:
+            if self._message:
                 parts[1:] = map(bytes, parts[1:])  # the next may be made in the same memory
         self._done = time.monotonic()
         return not self._commands
@@ -83,7 +89,7 @@ class Outbox:
         """Send what is left, as soon as it may be."""
         with self._lock:
             self._send()
-            while len(self._message) > 1 and not self._commands:
+            while self._message and not self._commands:
                 self._listen()
                 self._send()
 
@@ -93,18 +99,21 @@ class Outbox:
             try:
                 while self._came.poll(0):
                     self._listen()
-                if len(self._message) > 1 and time.monotonic() > self._since + TOGETHER:
+                if self._message and time.monotonic() > self._since + TOGETHER:
                     self._send()
             finally:
                 self._lock.release()
 
     def _send(self) -> None:
         """Send what there is, if it may be."""
-        if len(self._message) > 1 and self._ahead < self._prefetch and not self._commands:
-            self._lender.send(self._connection, self._message)
+        if self._message and self._ahead < self._prefetch and not self._commands:
+            now, news = time.monotonic(), dict[str, float]()
+            if now > self._told + NEWS_EVERY:
+                news, self._told = self._meters.news(), now
+            head = wire.dumps((self._run, now, news))
+            self._lender.send(self._connection, [head, *self._message])
             self._ahead += 1
-            del self._message[1:]
-            self._size = 0
+            self._message, self._size = [], 0
 
     def _listen(self) -> None:
         """Wait for the other side to say something: an answer or a command."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -16,9 +14,6 @@ from energon_fn.streams import State, Stream
 Streams = Callable[[int, int], Stream[Any]]
 """``(lane, epoch) -> stream``; it must pickle where workers are spawned and not forked."""
 
-NEWS_EVERY = 0.1
-"""Seconds in which what was counted is told once: with each of many small batches would be dear."""
-
 
 @dataclass(frozen=True)
 class Delivery:
@@ -27,10 +22,6 @@ class Delivery:
     lane: int
     batch: Any = None
     state: State = None
-    counts: Mapping[str, float] = field(default_factory=dict)
-    """By how much the sums of :class:`~energon_fn.meters.Meters` have grown, now and then."""
-    made: float = field(default_factory=time.monotonic)
-    """When it was made, in seconds by the clock that all processes share."""
 
 
 def deliveries(
@@ -45,7 +36,7 @@ def deliveries(
     >>> [(d.lane, d.batch) for d in deliveries(count, epoch=0, lanes={0: None, 1: None})]
     [(0, 0), (1, 0), (0, None), (1, 1), (1, None)]
     """
-    here, told = position.here, -math.inf
+    here = position.here
     here.meters = meters = Meters() if meters is None else meters
     running = {lane: streams(lane, epoch)(state) for lane, state in lanes.items()}
     while running:
@@ -53,15 +44,11 @@ def deliveries(
             here.meters = meters  # in this process others may have run meanwhile
             start = perf_counter()
             item = next(stream, None)
-            now = perf_counter()
-            meters.counts["busy"] += now - start
+            meters.counts["busy"] += perf_counter() - start
             if item is None:
                 del running[lane]
-            news: Mapping[str, float] = {}
-            if now - told >= NEWS_EVERY or not running:
-                news, told = meters.news(), now
             batch, state = item or (None, None)
-            yield Delivery(lane, batch, state, news)
+            yield Delivery(lane, batch, state)
 
 
 class Local:
@@ -74,7 +61,7 @@ class Local:
         self._turns = deliveries(self._streams, epoch, lanes, self._meters)
 
     def news(self) -> Mapping[str, float]:
-        """What was counted and comes with no delivery so far."""
+        """By how much what is summed up has grown since the last time."""
         return self._meters.news()
 
     def receive(self) -> Delivery:

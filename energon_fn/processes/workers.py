@@ -10,13 +10,13 @@ the other sees it closed.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import multiprocessing
 import os
 import select
 import signal
 import sys
 import threading
+import time
 import traceback
 import weakref
 from collections import defaultdict, deque
@@ -31,11 +31,13 @@ import torch
 from energon_fn import position
 from energon_fn.errors import WorkerError, logger
 from energon_fn.guard import describe
+from energon_fn.meters import Meters
 from energon_fn.processes import wire
 from energon_fn.processes.outbox import Outbox, next_message
 from energon_fn.processes.turns import Delivery, Streams, deliveries
 from energon_fn.streams import State
 
+ASKED = None  # the question what a worker is doing
 LOOK_EVERY = 0.05
 """Seconds after which a worker that is stuck with a batch is seen to have others to send."""
 
@@ -65,8 +67,8 @@ class Worker(NamedTuple):
     borrower: wire.Borrower
     came: select.poll
     """Tells whether something came by ``work``."""
-    received: deque[wire.Parts]
-    """Deliveries of this run that came and were not asked for yet."""
+    received: deque[tuple[float, wire.Parts]]
+    """Deliveries of this run that came and were not asked for yet, and when they were sent."""
 
 
 class Pool:
@@ -83,6 +85,7 @@ class Pool:
         self._workers = [_start(streams, options) for _ in range(count)]
         self._restarts = options.restarts
         self._run = 0
+        self._news: defaultdict[str, float] = defaultdict(float)
         self.close: Callable[[], Any] = weakref.finalize(
             self, _end, self._workers, after, os.getpid()
         )
@@ -108,32 +111,37 @@ class Pool:
             worker = self._workers[number]
             self._wait(number)
             try:
-                run, *deliveries = worker.borrower.receive(worker.work)
+                head, *deliveries = worker.borrower.receive(worker.work)
                 # The answer to every message: one more may be sent, and in which memory.
                 wire.send(worker.work, worker.borrower.give_back())
             except (EOFError, ConnectionError):
                 self._restart(number)
                 continue
-            if wire.loads(run) == self._run:
-                worker.received.extend(deliveries)
-        delivery: Delivery | Exception = wire.loads(self._workers[number].received.popleft())
+            run, sent, news = wire.loads(head)
+            for name, amount in news.items():
+                self._news[name] += amount
+            if run == self._run:
+                worker.received.extend((sent, parts) for parts in deliveries)
+        sent, parts = self._workers[number].received.popleft()
+        self._news["queued"] += time.monotonic() - sent
+        delivery: Delivery | Exception = wire.loads(parts)
         if isinstance(delivery, Exception):
             raise delivery
         return delivery
 
     def news(self) -> Mapping[str, float]:
-        """What was counted and comes with no delivery so far; nothing of workers that hang."""
-        news: defaultdict[str, float] = defaultdict(float)
-        for worker in self._workers:
-            for name, amount in _ask(worker, "news", seconds=1).get("news", {}).items():
-                news[name] += amount
+        """By how much the workers' sums have grown since the last time, as far as they told.
+
+        Also ``queued``: the seconds that batches have waited here to be taken.
+        """
+        news, self._news = self._news, defaultdict(float)
         return news
 
     def _wait(self, number: int) -> None:
         """Wait for the worker to send something; if it hangs, end it."""
         worker, seconds, steps = self._workers[number], self._options.watchdog, -1
         while not worker.came.poll(None if seconds is None else 1000 * seconds):
-            status = _ask(worker, "status", seconds=5)
+            status = _ask(worker)
             if status.get("steps", steps) != steps:
                 steps = status["steps"]
                 continue
@@ -213,45 +221,33 @@ def _stop(workers: list[Worker]) -> None:
         worker.process.join()
 
 
-def _ask(worker: Worker, what: str, seconds: float) -> dict[str, Any]:
-    """What a worker is doing, or has counted; nothing if it does not answer."""
-    number = next(_numbers)
+def _ask(worker: Worker) -> dict[str, Any]:
+    """What a worker is doing; nothing if it does not answer."""
     try:
-        worker.questions.settimeout(seconds)
-        wire.send(worker.questions, (number, what))
-        while True:
-            answered, answer = wire.receive(worker.questions)
-            if answered == number:  # and not a question that it was too late for
-                found: dict[str, Any] = answer
-                return found
+        worker.questions.settimeout(5)
+        wire.send(worker.questions, ASKED)
+        answer: dict[str, Any] = wire.receive(worker.questions)
     except (EOFError, OSError):
         return {}
-
-
-_numbers = itertools.count()
+    return answer
 
 
 def _attend(questions: socket, thread: int, outbox: Outbox) -> None:
-    """Answer questions on what this worker does in ``thread``; see that it sends what it has."""
+    """Tell what this worker does in ``thread``, whenever asked; see that it sends what it has."""
     came = wire.poll(questions)
     with contextlib.suppress(EOFError, OSError):
         while True:
             while not came.poll(1000 * LOOK_EVERY):
                 outbox.send_old()
-            number, what = wire.receive(questions)
-            wire.send(questions, (number, _status(thread) if what == "status" else _news()))
+            wire.receive(questions)
+            here, item = position.here, "what cannot be told"
+            with contextlib.suppress(Exception):  # a user's sample may be anything
+                item = str(here.item if here.stage == "load" else describe(here.item))
+            stack = "".join(traceback.format_stack(sys._current_frames()[thread]))
+            steps = here.meters.calls
+            answer = {"steps": steps, "stage": here.stage, "item": item, "stack": stack}
+            wire.send(questions, answer)
     os._exit(0)  # nobody is there any more, whatever the other thread is still busy with
-
-
-def _news() -> dict[str, Any]:
-    return {"news": position.here.meters.news()}
-
-
-def _status(thread: int) -> dict[str, Any]:
-    here = position.here
-    stack = "".join(traceback.format_stack(sys._current_frames()[thread]))
-    item = here.item if here.stage == "load" else describe(here.item)
-    return {"steps": here.meters.calls, "stage": here.stage, "item": str(item), "stack": stack}
 
 
 _ours: weakref.WeakSet[socket] = weakref.WeakSet()
@@ -270,7 +266,9 @@ os.register_at_fork(after_in_child=_close_inherited)
 
 def _work(connection: socket, questions: socket, streams: Streams, prefetch: int) -> None:
     """What a worker process does until its connection is closed."""
-    outbox = Outbox(connection, prefetch)
+    # Its own from here on, also before the first command: a fork has its parent's.
+    meters = position.here.meters = Meters()
+    outbox = Outbox(connection, prefetch, meters)
     attended = questions, threading.get_ident(), outbox
     threading.Thread(target=_attend, args=attended, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process
@@ -278,7 +276,7 @@ def _work(connection: socket, questions: socket, streams: Streams, prefetch: int
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             epoch, lanes = outbox.begin()
-            turns = deliveries(streams, epoch, lanes)
+            turns = deliveries(streams, epoch, lanes, meters)
             while (message := next_message(turns)) and outbox.put(message):
                 pass
             outbox.flush()
