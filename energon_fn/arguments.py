@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol, TypedDict, TypeVar
 
+from energon_fn.caching import CachePool
 from energon_fn.lanes import WorkerConfig
 from energon_fn.pipeline import Decoder
 
@@ -59,3 +60,16 @@ class Every(Train, Val, total=False):
     """What :func:`get_dataset` has."""
 
     shuffle: bool
+
+
+class LoaderOptions(TypedDict, total=False):
+    """What :func:`~energon_fn.get_loader` has, by its published name too."""
+
+    worker_config: WorkerConfig | None
+    prefetch_factor: int
+    max_worker_restarts: int
+    multiprocessing_context: str | None
+    watchdog_timeout_seconds: float | None
+    fail_on_timeout: bool
+    cache_pool: CachePool | None
+    threads: int | None

@@ -12,12 +12,13 @@ from copy import copy
 from dataclasses import replace
 from itertools import chain
 from time import perf_counter
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, Unpack
 
 import torch
 import torch.distributed as distributed
 
 from energon_fn import checkpoint
+from energon_fn.arguments import LoaderOptions
 from energon_fn.caching import CachePool
 from energon_fn.errors import FatalSampleError, StateError, logger
 from energon_fn.lanes import WorkerConfig, in_notebook, whole
@@ -30,7 +31,7 @@ from energon_fn.processes.workers import Pool, PoolOptions
 from energon_fn.samples import pin_memory
 from energon_fn.streams import State
 
-NEWS_EVERY = 0.02
+NEWS_EVERY = 0.2
 """Seconds in which what was counted is asked for once: with each of many small batches is dear."""
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -394,11 +395,13 @@ def get_savable_loader(
     n_checkpoints: int | None = None,
     gc_collect_every_n_steps: int | None = None,
     watchdog_initial_timeout_seconds: float | None = None,
-    **options: Any,
+    **options: Unpack[LoaderOptions],
 ) -> Loader[T]:
     """:func:`get_loader`, by its published name: the state of every loader can be saved.
 
     What it takes besides is not needed, since each batch comes with its state, and the watchdog
     counts the steps that are made.
     """
+    for name in options.keys() - LoaderOptions.__annotations__.keys():
+        raise TypeError(f"get_savable_loader() has no argument {name!r}; see get_loader")
     return get_loader(dataset, **options)

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import itertools
@@ -21,8 +20,8 @@ import os
 import pickle
 import reprlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from types import GeneratorType, ModuleType, SimpleNamespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import GeneratorType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,11 +30,13 @@ from PIL import Image
 
 from energon_fn import checkpoint, position, seeds
 from energon_fn.errors import StateError
-from energon_fn.guard import describe
+from energon_fn.failures.watch import NEVER, snapshot
+from energon_fn.guard import describe, guarded
 from energon_fn.lanes import WorkerConfig
 from energon_fn.loader import Loader, get_loader
 from energon_fn.pipeline import Dataset
-from energon_fn.task_encoder import METHODS, marks_of, method_of
+from energon_fn.processes.turns import deliveries
+from energon_fn.streams import State
 
 Layout = tuple[int, int]
 """World size, and workers of each rank."""
@@ -129,7 +130,7 @@ def check_resume(
         try:
             for turn, after in _turns(loaders, length, state):
                 if not saved:
-                    expected.update(copy.deepcopy(turn))  # as it is before anybody changes it
+                    expected.update(snapshot(turn))  # as it is before anybody changes it
                 else:
                     compare(turn, how, state, PROCESSES)
                 done += len(turn)
@@ -149,7 +150,7 @@ def check_resume(
             if found := difference(was, batch):
                 epoch, lane, number = place
                 samples = " / ".join(dict.fromkeys(map(describe, (was, batch))))
-                culprit = _culprit(lambda: make((1, 0))[0], place, state, batches) or otherwise
+                culprit = _culprit(lambda: make((1, 0))[0], place, state) or otherwise
                 raise AssertionError(
                     f"{how}, something else comes:\n  {found} (batch {number} of lane {lane} in "
                     f"epoch {epoch})\n  {samples}\n  {culprit}"
@@ -309,81 +310,83 @@ def _place(before: Any, after: Any) -> Place:
     return after["epoch"], int(lane), checkpoint.batches(state)
 
 
-Call = tuple[str, object, Any, list[Any]]
-"""A user's function, where in the streams it was called, with what, and what came of it."""
+Call = tuple[str, object, bool, Any, list[Any]]
+"""A stage, where in the streams it was called, if it is seeded, with what, what came of it."""
 
 
-def _culprit(make: Callable[[], Loader[Any]], place: Place, state: Any, length: int) -> str | None:
+def _culprit(make: Callable[[], Loader[Any]], place: Place, state: Any) -> str | None:
     """Which function does not do the same again, on the ways to ``place`` from two beginnings.
 
     One way is that of all lanes from the start, the other that of the lane alone from the state.
     """
-    epoch, lane, number = place
+    epoch, lane, _ = place
     begin = None
     if state is not None and state["epoch"] == epoch:
         begin = checkpoint.tupled(state["lanes"][str(lane)])
     try:
         _stir(-1)
-        dataset, first = _spied(make().dataset)
-        for turn, _ in _turns([get_loader(dataset)], length):
-            if place in dict(turn):
-                break
+        dataset = make().dataset
+        lanes = dict.fromkeys(dataset.worker_config.rank_lanes)
+        first = _calls(dataset, dict.fromkeys(range(epoch + 1), lanes), place)
         _stir(-2)
-        dataset, again = _spied(make().dataset)
-        stream = dataset.lane_stream(lane, epoch)(begin)
-        with contextlib.suppress(StateError):  # the replay diverged
-            list(itertools.islice(stream, number - checkpoint.batches(begin)))
-        for name, where, given, results in again:
+        again = _calls(make().dataset, {epoch: {lane: begin}}, place)
+        for name, where, seeded, given, results in again:
             found = [
                 difference(before[: len(results)], results[: len(before)], "result")
-                for same_name, same_where, same_given, before in first
+                for same_name, same_where, _, same_given, before in first
                 if (name, where) == (same_name, same_where) and not difference(same_given, given)
             ]
             if found and all(found):
-                seeded, _ = marks_of(dataset.task_encoder, name)
-                hint = CAUSES if seeded else STATELESS
                 who = f"{name} did not do the same again for {describe(given)}"
-                return f"{who}: {found[0]}\n  {hint}"
+                return f"{who}: {found[0]}\n  {CAUSES if seeded else STATELESS}"
     except Exception as error:  # what was found is to be said all the same
         return f"Which function is the cause could not be found out ({error!r}).\n  {CAUSES}"
     return None
 
 
-def _spied(dataset: Dataset[Any]) -> tuple[Dataset[Any], list[Call]]:
-    """The dataset with its task encoder's functions noting all calls."""
-    calls: list[Call] = []
-    encoder = dataset.task_encoder
+def _calls(
+    dataset: Dataset[Any], begin: Mapping[int, dict[int, State]], place: Place
+) -> list[Call]:
+    """The calls of the user's functions before the batch at ``place``, from these states by epoch.
 
-    def spy(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(fn)  # marks included
-        def noted(given: Any, **others: Any) -> Any:
+    The dataset's error handler is told nothing.
+    """
+    calls: list[Call] = []
+
+    def guard(
+        fn: Callable[[Any], Any], stage: str, *, seed: int | None, **_: Any
+    ) -> Callable[[Any], Any]:
+        def noted(given: Any) -> Any:
             results: list[Any] = []
-            calls.append((name, position.here.where, copy.deepcopy(given), results))
+            seeded = seed is not None or stage == "decode"
+            calls.append((stage, position.here.where, seeded, snapshot(given), results))
             try:
-                result = fn(given, **others)
+                result = fn(given)
             except BaseException as error:
                 results.append(type(error))
                 raise
             if isinstance(result, GeneratorType):
                 return each(result, results)
-            results.append(copy.deepcopy(result))
+            results.append(snapshot(result))
             return result
 
-        return noted
+        return guarded(noted, stage, seed=seed, handler=lambda *error: None, tolerance=NEVER)
 
     def each(outputs: Iterator[Any], results: list[Any]) -> Iterator[Any]:
         for output in outputs:
-            results.append(copy.deepcopy(output))
+            results.append(snapshot(output))
             yield output
         results.append("no more")
 
-    methods = {name: method_of(encoder, name) for name in METHODS}
-    spies: Any = {name: spy(name, method) for name, method in methods.items() if method}
-    cookers = getattr(encoder, "cookers", ())
-    spies["cookers"] = [dataclasses.replace(c, cook=spy("cook", c.cook)) for c in cookers]
-    decoder = dataset.decoder and spy("decoder", dataset.decoder)
-    spied: Any = SimpleNamespace(**spies)
-    return dataclasses.replace(dataset, task_encoder=spied, decoder=decoder), calls
+    streams = functools.partial(dataclasses.replace(dataset, threads=0).lane_stream, guarded=guard)
+    with contextlib.suppress(StateError):  # the replay diverged
+        for epoch, lanes in begin.items():
+            # What only a limit ends would go on; a lane's end is a delivery as well.
+            most = None if dataset.virtual else dataset.length and dataset.length + len(lanes)
+            for delivery in itertools.islice(deliveries(streams, epoch, lanes), most):
+                if (epoch, delivery.lane, checkpoint.batches(delivery.state)) == place:
+                    return calls
+    return calls
 
 
 def _in_new_interpreter(

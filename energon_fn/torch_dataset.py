@@ -45,7 +45,8 @@ def as_iterable_dataset(dataset: Dataset[T]) -> TorchDataset[T]:
     batches as they are.
 
     Each iteration is the next epoch, also behind one that was left early. Of a dataset without an
-    end it goes on where the last one ended.
+    end it goes on where the last one ended. That place is the dataset object's: of two DataLoaders
+    over one object the second goes on behind the first, so give each its own.
 
     With ``torchdata``'s ``StatefulDataLoader`` it is saved and resumed to the batch, with as many
     workers as it was saved with.

@@ -93,6 +93,19 @@ for heavy in ("torch", "numpy", "PIL", "yaml", "tqdm"):
     assert len(re.findall(r"^example:\n  energon-fn (\w+)", done.stdout, re.MULTILINE)) == 8
 
 
+def test_what_data_has_in_its_names_does_not_reach_the_terminal(tmp_path: Path) -> None:
+    key = "k0\x1b]0;owned\x07\x1b[2J"
+    write_tar(tmp_path / "0.tar", [(key, {"jpg": b"no\nJPEG"}), ("k1", {"jpg": jpeg()})])
+    logged = run("profile", tmp_path, "--seconds", "0.05", "--batch-size", "1")
+    assert "k0\ufffd]0;owned" in logged.err
+    (tmp_path / "1\x1b[2J.tar").write_bytes(b"no tar")
+    failed = run("info", tmp_path)
+    assert failed.status == 2
+    for text in (logged.err, failed.err):
+        assert all(line.startswith(("error: ", "warning: ")) for line in text.splitlines())
+        assert "\x1b" not in text
+
+
 def test_nothing_to_do_shows_help() -> None:
     result = run()
     assert result.status == 2

@@ -508,3 +508,13 @@ def test_threads_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert {name: samples[i][name] for name in ("__key__", "jpg", "txt")} == {
             name: sample[name] for name in ("__key__", "jpg", "txt")
         }
+
+
+def test_no_part_takes_the_place_of_bookkeeping(tmp_path: Path) -> None:
+    names = ("__key__", "__sources__", "__restore_key__", "__subflavors__", "txt")
+    write_members(tmp_path / "0.tar", [(f"7.{name}", b"evil") for name in names])
+    source = open_source(tmp_path)
+    raw = source.load(0)
+    assert (raw["__key__"], raw["txt"]) == ("7", b"evil")
+    assert (raw["__restore_key__"], raw["__subflavors__"]) == ((), {})
+    assert raw["__sources__"] == (SourceInfo(str(tmp_path), 0, "0.tar", ("7.txt",)),)

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import re
+import threading
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,7 @@ from energon_fn import (
     SkipSample,
     WorkerConfig,
     edataclass,
+    quarantine,
     stateless,
     testing,
 )
@@ -285,7 +287,28 @@ def test_an_encoder_that_all_loaders_share_is_found_too(folder: Path) -> None:
 @pytest.mark.usefixtures("here")
 def test_a_decoder_of_ones_own_is_looked_at_too(folder: Path) -> None:
     said = found(by(DefaultTaskEncoder, folder, decoder=hasty))
-    assert "decoder did not do the same again for sample" in said
+    assert "decode did not do the same again for sample" in said
+
+
+@pytest.mark.usefixtures("here")
+def test_what_cannot_be_copied_is_no_failure_and_nothing_is_written_down(
+    folder: Path, tmp_path: Path
+) -> None:
+    class Locked(Unseeded):
+        def encode_sample(self, sample: Any) -> Any:
+            return {**super().encode_sample(sample), "lock": threading.Lock()}
+
+        def batch(self, samples: list[Any]) -> Any:
+            return super().batch([{**sample, "lock": None} for sample in samples])
+
+    def make_loader(config: WorkerConfig) -> Any:
+        told = quarantine(tmp_path / "bad.jsonl")
+        config = dataclasses.replace(config, global_error_handler=told)
+        return train(folder, config, task_encoder=Locked())
+
+    said = found(make_loader)
+    assert "encode_sample did not do the same again for sample" in said
+    assert (tmp_path / "bad.jsonl").read_text() == ""
 
 
 @pytest.mark.usefixtures("here")

@@ -8,8 +8,8 @@ import pytest
 from test_readme import demo_dataset
 from typing_usage import usage
 
-from energon_fn import get_dataset, get_train_dataset, get_val_dataset
-from energon_fn.arguments import Common, Every, Train, Val
+from energon_fn import get_dataset, get_loader, get_train_dataset, get_val_dataset
+from energon_fn.arguments import Common, Every, LoaderOptions, Train, Val
 
 
 def test_the_usage_that_is_type_checked_runs(tmp_path: Path) -> None:
@@ -21,6 +21,11 @@ def test_the_documented_arguments_are_those_of_get_dataset() -> None:
     taken, told = typing.get_type_hints(get_dataset), typing.get_type_hints(Every)
     named = {"path", "batch_size", "task_encoder", "return"}  # in the overloads themselves
     assert {name: of for name, of in taken.items() if name not in named} == told
+
+
+def test_the_savable_loader_takes_what_get_loader_takes() -> None:
+    taken, told = typing.get_type_hints(get_loader), typing.get_type_hints(LoaderOptions)
+    assert {name: of for name, of in taken.items() if name not in ("dataset", "return")} == told
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,22 @@ def test_special_tensors_arrive_too() -> None:
     assert torch.equal(sparse_again.to_dense(), torch.eye(4))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_keep_their_order_in_memory(dtype: torch.dtype) -> None:
+    pictures = torch.arange(144).view(2, 3, 4, 6).to(dtype)
+    last = pictures.contiguous(memory_format=torch.channels_last)
+    mirrored, swapped = last.permute(3, 1, 0, 2), pictures.transpose(1, 2)
+    for tensor in (last, mirrored, swapped, pictures):
+        found = through(tensor)
+        assert found.stride() == tensor.stride()
+        assert torch.equal(found, tensor)
+    part, repeated = last[:, :, 1:3], pictures[:1].expand(2, -1, -1, -1)
+    for tensor in (part, repeated):  # these have no order of their own, and take no more room
+        found = through(tensor)
+        assert found.is_contiguous()
+        assert torch.equal(found, tensor)
+
+
 def test_a_thing_that_is_there_twice_stays_one_thing() -> None:
     tensor = torch.zeros(5)
     first, second = through([tensor, tensor])

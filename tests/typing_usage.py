@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, assert_type
+from typing import TYPE_CHECKING, Any, assert_type
 
 import toolz
 import torch
@@ -196,11 +196,14 @@ def usage(path: str) -> None:
         assert_type(data.__key__, list[str])
         assert_type(data.to_device("cpu"), CaptioningBatch)
         assert data.images.shape == (4, 3, 8, 8)
-    with get_savable_loader(train) as savable:
+    with get_savable_loader(train, checkpoint_every_sec=60, threads=1) as savable:
         assert_type(savable, Loader[CaptioningBatch])
         assert_type(next(iter(savable)).images, torch.Tensor)
         savable.load_state_dict(loader.state_dict())
         savable.restore_state_global(savable.save_state_global())
+    if TYPE_CHECKING:
+        get_savable_loader(train, threads="one")  # type: ignore[arg-type]
+        get_savable_loader(train, prefetch=4)  # type: ignore[call-arg]
     assert_type(loader.report()["batches"], float)
     assert_type(loader.drawn(), dict[str, int])
     assert_type(len(train), int)

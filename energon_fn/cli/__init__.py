@@ -10,7 +10,6 @@ import io
 import logging
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import warnings
@@ -64,6 +63,7 @@ def _run(args: argparse.Namespace) -> int:
         StateError,
         WorkerError,
     )
+    from energon_fn.look.values import one_line
 
     try:
         status: int = getattr(commands, args.command.replace("-", "_"))(args)
@@ -79,7 +79,7 @@ def _run(args: argparse.Namespace) -> int:
         ValueError,
         OSError,
     ) as error:
-        print("error: " + re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr)
+        print("error: " + one_line(str(error)), file=sys.stderr)
         return ERROR
 
 
@@ -87,12 +87,14 @@ def _set_up_process(command: str) -> None:
     """Log messages as one line; leave Ctrl-C to this process, which then ends the others."""
     from tqdm import tqdm
 
+    from energon_fn.look.values import one_line
+
     # A walk of a large tar ends at once; loader processes end in order, told by this one.
     ctrl_c_in_children = signal.SIG_DFL if command.startswith("prepare") else signal.SIG_IGN
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            line = f"{record.levelname.lower()}: {record.getMessage()}"
+            line = f"{record.levelname.lower()}: {one_line(record.getMessage())}"
             tqdm.write(line, file=sys.stderr)  # not into a progress bar
 
     logger = logging.getLogger("energon_fn")

@@ -23,7 +23,7 @@ from energon_fn.disk.index import Entry, Index, cached_index, has_parts
 from energon_fn.disk.metadata import every_part
 from energon_fn.disk.tars import Part
 from energon_fn.errors import DatasetError, logger
-from energon_fn.samples import CrudeSample, SourceInfo
+from energon_fn.samples import BOOKKEEPING, CrudeSample, SourceInfo
 from energon_fn.seeds import number
 
 LARGE = 16 * 1024
@@ -158,7 +158,7 @@ class Source:
                 parts = tuple([part for part in parts if is_wanted(part[0])])
                 break
         names = (f"{key}.{parts[0][0]}",) if len(parts) == 1 else _names(key, parts)
-        # One display: the parts' names, which come behind, cannot be any of these.
+        # The parts come behind: none has the name of any of these, see is_wanted.
         raw: dict[str, Any] = {
             "__key__": key,
             "__restore_key__": (),
@@ -304,7 +304,7 @@ class Source:
         Callable[[int, int], Entry],
         Callable[[str], bool],
     ]:
-        """What :meth:`load` needs: the last is the part filter, asked once for each name.
+        """What :meth:`load` needs: the last tells which parts are read, asked once for each name.
 
         The second is, for each segment, its shard's number, by how much places in the shard exceed
         positions here, and the shard's path and name.
@@ -314,8 +314,13 @@ class Source:
             (segment.shard, segment.start - at, paths[segment.shard], self.shards[segment.shard])
             for at, segment in zip(self._starts, self.segments, strict=False)
         ]
-        # Bounded: names with many dots make many part names.
-        return self._starts, places, self.index.parts, lru_cache(maxsize=4096)(self.part_filter)
+        part_filter = self.part_filter
+
+        @lru_cache(maxsize=4096)  # bounded: names with many dots make many part names
+        def is_wanted(name: str) -> bool:
+            return name not in BOOKKEEPING and part_filter(name)
+
+        return self._starts, places, self.index.parts, is_wanted
 
     @cached_property
     def _segments_of(self) -> dict[int, list[tuple[int, Segment]]]:

@@ -65,7 +65,7 @@ def exclude(
     new: dict[str, None] = {}
     several: Counter[str] = Counter()
     elsewhere: Counter[str] = Counter()
-    known = set()
+    known, excluded = set[str](), {*split.exclude}
     for failure in failures:
         inside = [one for one in failure.sources if os.path.realpath(one.dataset_path) == there]
         places = {(one.shard_name, _key(one, failure)) for one in inside}
@@ -76,7 +76,7 @@ def exclude(
         else:
             [(shard, key)] = places
             entry = shard if key is None else f"{shard}/{key}"
-            if {shard, entry} & {*split.exclude}:
+            if {shard, entry} & excluded:
                 known.add(entry)
             else:
                 new[entry] = None

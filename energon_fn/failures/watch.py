@@ -114,13 +114,13 @@ class Watch:
                 return self._make(fn, item)
             call = _Call(stage, self._name(fn, stage, item))
             if stage in OF_LISTS:
-                call.members = _snapshot([*item])
+                call.members = snapshot([*item])
             self.calls.append(call)
             with call.running():
                 result = fn(item)
             if isinstance(result, GeneratorType):
                 return self._outputs(call, result)
-            call.values.append(_snapshot(result))
+            call.values.append(snapshot(result))
             self._since = perf_counter()
             return result
 
@@ -138,13 +138,13 @@ class Watch:
                 result = next(results, end)
             if result is end:
                 return
-            call.values.append(_snapshot(result))
+            call.values.append(snapshot(result))
             yield result
 
     def _make(self, make: Callable[[Any], Any], raw: dict[str, Any]) -> Any:
         """From raw parts to a sample: three steps, of which the decoder's is made by itself."""
         source = self.dataset.sources[self.dataset.place(raw["__restore_key__"][2])[0]]
-        loaded = _Call("load", type(source).__name__, values=[_snapshot(raw)])
+        loaded = _Call("load", type(source).__name__, values=[snapshot(raw)])
         loaded.seconds = perf_counter() - self._since
         self.calls.append(loaded)
         sample_type = getattr(source, "sample_type", None)
@@ -160,7 +160,7 @@ class Watch:
         call.seconds -= self._decoding
         if not isinstance(sample, CrudeSample):  # which is what the decoder gave
             call.function = call.function or type(sample).__name__
-            call.values.append(_snapshot(sample))
+            call.values.append(snapshot(sample))
             self.calls.append(call)
         self._since = perf_counter()
         return sample
@@ -173,7 +173,7 @@ class Watch:
         self.calls.append(call)
         with call.running():
             decoded = decode(raw)
-        call.values.append(_snapshot(decoded))
+        call.values.append(snapshot(decoded))
         self._decoding += perf_counter() - start
         return decoded
 
@@ -188,8 +188,8 @@ class Watch:
 def _name(fn: Any) -> str:
     """The name of a function, and the file and line it is in.
 
-    >>> _name(_snapshot)
-    '_snapshot (watch.py:...)'
+    >>> _name(snapshot)
+    'snapshot (watch.py:...)'
     """
     while isinstance(fn, partial):
         fn = fn.func
@@ -200,23 +200,23 @@ def _name(fn: Any) -> str:
     return f"{name} ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
 
 
-def _snapshot(value: Any) -> Any:
+def snapshot(value: Any) -> Any:
     """A copy that is not changed by what later functions do, as far as it can be copied."""
     try:
         return deepcopy(value)
     except Exception:  # there is something in it that is not to be copied: an open file, say
         pass
     if type(value) in (list, tuple):
-        return type(value)(map(_snapshot, value))
+        return type(value)(map(snapshot, value))
     copied: Any
     if isinstance(value, dict):
         copied = copy(value)
-        copied.update((name, _snapshot(one)) for name, one in value.items())
+        copied.update((name, snapshot(one)) for name, one in value.items())
         return copied
     if not is_dataclass(value):
         return value
     copied = copy(value)
     for one in fields(value):
         if hasattr(value, one.name):
-            object.__setattr__(copied, one.name, _snapshot(getattr(value, one.name)))
+            object.__setattr__(copied, one.name, snapshot(getattr(value, one.name)))
     return copied

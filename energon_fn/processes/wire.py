@@ -47,8 +47,10 @@ class _Pickler(pickle.Pickler):
         try:
             # One call, which refuses what is more than numbers in memory (gradients, another device
             # or layout ...): several are dear, with caches that are cold after a batch was made.
-            array: Any = np.asarray(thing.numpy(), order="C")
+            array: Any = thing.numpy()
         except (TypeError, RuntimeError):
+            return _reduce_other(thing)
+        if not array.flags.c_contiguous:
             return _reduce_other(thing)
         if not array.size:
             return NotImplemented
@@ -56,21 +58,26 @@ class _Pickler(pickle.Pickler):
 
 
 def _reduce_other(tensor: torch.Tensor) -> Any:
-    """For what NumPy does not have, such as bfloat16, and what pickle has to see to."""
+    """For what NumPy does not have (bfloat16), other orders in memory, and what pickle sees to."""
     if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.numel() == 0:
         return NotImplemented
     if tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
         return NotImplemented
-    raw: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    return _other_tensor, (pickle.PickleBuffer(raw), tensor.dtype, tensor.shape)
+    lying = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+    if not lying.is_contiguous():  # a part of another tensor, or one with numbers used twice
+        lying = tensor = tensor.contiguous()
+    raw: Any = lying.view(-1).view(torch.uint8).numpy()
+    return _other_tensor, (pickle.PickleBuffer(raw), tensor.dtype, tensor.shape, tensor.stride())
 
 
 def _tensor(raw: Any, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(raw, dtype).reshape(shape))
 
 
-def _other_tensor(raw: Any, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
-    return torch.frombuffer(raw, dtype=dtype).view(shape)
+def _other_tensor(
+    raw: Any, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]
+) -> torch.Tensor:
+    return torch.frombuffer(raw, dtype=dtype).as_strided(shape, strides)
 
 
 def dumps(thing: Any) -> Parts:
