@@ -164,6 +164,8 @@ def _check_names(
     for name in options.keys() - known:
         near = get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(sorted(known))}"
+        if "worker" in name:
+            hint = ": give worker_config=WorkerConfig(rank=0, world_size=1, num_workers=2), say"
         raise TypeError(f"{function.__name__}() has no argument {name!r}{hint}")
 
 

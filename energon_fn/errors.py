@@ -11,6 +11,7 @@ Three kinds of exception, told apart by what should follow:
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -77,7 +78,8 @@ def log_exception(
     """Log the exception and go on with the next sample (the default handler).
 
     What is wrong with a sample is one line. An exception of a user's function comes with its
-    traceback the first time that a process meets it at its place in the code, then as one line.
+    traceback the first time that a process meets it at its place in the code, then as one line;
+    from the 9th time on only the 16th, the 32nd, ... is told. ``quarantine`` writes all down.
 
     >>> log_exception(ValueError("bad pixel"))  # goes to the logger "energon_fn"
     """
@@ -86,15 +88,18 @@ def log_exception(
         trace = trace.tb_next
     place = type(exception), trace and (trace.tb_frame.f_code, trace.tb_lineno)
     notes = " ".join(getattr(exception, "__notes__", ()))
-    told = isinstance(exception, SampleError) or place in _told
-    _told.add(place)
-    logger.error(
-        f"sample dropped: {type(exception).__name__}: {exception} {notes}",
-        exc_info=None if told else exception,
-    )
+    times = _times[place] = _times[place] + 1
+    what = f"sample dropped: {type(exception).__name__}: {exception} {notes}"
+    if isinstance(exception, SampleError) or 1 < times <= 8:
+        logger.error(what)
+    elif times == 1:
+        logger.error(what, exc_info=exception)
+    elif times & (times - 1) == 0:
+        logger.error(f"{what} (so for the {times}th time; those between are not told)")
 
 
-_told: set[object] = set()
+_times: Counter[object] = Counter()
+"""How often this process met an exception at its place in the code."""
 
 
 def reraise_exception(

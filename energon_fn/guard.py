@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from itertools import count
 from time import perf_counter_ns
+from traceback import extract_tb
 from types import GeneratorType
 from typing import Any, TypeVar
 
@@ -77,8 +78,9 @@ def guarded(
         if failures >= tolerance:
             raise FatalSampleError(
                 f"{stage} failed {failures} times in a row, the last time with "
-                f"{type(error).__name__}: {error} (in {describe(item)}). Mend the function or the "
-                f"data; failure_tolerance sets how many failures in a row are accepted."
+                f"{type(error).__name__}: {error} (in {describe(item)}{_place(error)}). Mend the "
+                "function or the data; failure_tolerance sets how many failures in a row are "
+                "accepted."
             ) from error
 
     def call(item: T) -> U | Iterator[U]:
@@ -163,6 +165,14 @@ def _counting(fn: Callable[[T], U], meter: Meter, gives_several: bool) -> Callab
         return result
 
     return call
+
+
+def _place(error: Exception) -> str:
+    """Where it was raised, if that was in code of the user's."""
+    frames = extract_tb(error.__traceback__)
+    if not frames or os.path.dirname(__file__) in frames[-1].filename:
+        return ""
+    return f", at {frames[-1].filename}:{frames[-1].lineno}"
 
 
 def members(item: Any) -> list[Any]:

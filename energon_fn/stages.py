@@ -429,6 +429,7 @@ def _selected(
     select: Callable[[list[T]], Iterable[list[T]]], buffer: list[T], held: list[T]
 ) -> Iterator[list[T]]:
     """The groups; what is given back is in ``held`` before the first comes."""
+    skipped = SkipSample
     try:
         groups = select(list(buffer))
         if groups is None:
@@ -450,7 +451,7 @@ def _selected(
                     "where a group of samples is due: return a list of lists"
                 )
             yield list(group)
-    except SkipSample:
+    except skipped:
         return
 
 

@@ -128,7 +128,7 @@ def published_python() -> str:
 @pytest.fixture(autouse=True)
 def _nothing_told_yet() -> None:
     """Each test gets the traceback of its first failure."""
-    errors._told.clear()
+    errors._times.clear()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -91,6 +91,14 @@ def test_a_failure_is_told_at_length_once_and_a_bad_sample_in_a_line(
     fail(2)
     assert caplog.text.count("Traceback") == 1
     assert "sample dropped: ValueError: pixel 2 in encode_sample of sample 0001" in caplog.text
+    for n in range(3, 101):
+        fail(n)
+    assert len(caplog.records) == 8 + len([16, 32, 64])
+    assert "pixel 64 in encode_sample of sample 0001 (so for the 64th time" in caplog.text
+    caplog.clear()
+    for _ in range(20):
+        log_exception(SampleError("cannot decode part 'jpg'"))
+    assert len(caplog.records) == 20
     caplog.clear()
     log_exception(SampleError("cannot decode part 'jpg'"))
     assert len(caplog.text.splitlines()) == 1

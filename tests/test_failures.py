@@ -245,6 +245,6 @@ def test_failure_tolerance_of_one_method(folder: Path, caplog: pytest.LogCapture
     for encoder in (Failing(), AugmentTaskEncoder(Failing())):
         assert len(load(folder, task_encoder=encoder)) == 3
     failing = {4, 5, 6, 7}
-    assert len(caplog.records) == 18
+    assert len(caplog.records) == 8 + 1  # of 18: the first ones, and the 16th
     with pytest.raises(FatalSampleError, match=r"encode_sample failed 4 times in a row.*00007"):
         load(folder, task_encoder=Failing())

@@ -6,6 +6,8 @@ import inspect
 import io
 import pickle
 import random
+import subprocess
+import sys
 import tarfile
 import weakref
 from collections import Counter
@@ -721,3 +723,17 @@ def test_stages_do_not_change_their_input() -> None:
     for make, _ in STAGES[:8]:
         list(make(items))
     assert items == list(range(10))
+
+
+def test_a_script_may_end_in_the_middle_of_its_batches() -> None:
+    script = """
+from energon_fn import batch, encode_sample, knapsack, pack, pipe
+packs = pipe(
+    (text for text in ["one", "two", "three"] * 20),
+    encode_sample(str), pack(knapsack(cost=len, capacity=30), list, buffer_size=40), batch(2, list),
+)
+next(packs)
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
