@@ -26,6 +26,7 @@ def imported(name: str) -> Any:
 
 state, join, opening = imported("state"), imported("join"), imported("opening")
 throughput, contenders = imported("throughput"), imported("contenders")
+shares = imported("shares")
 
 
 def test_the_cost_of_states_is_measured(
@@ -210,3 +211,28 @@ def test_cpu_time_is_that_of_all_processes(contenders: Any) -> None:
         while_it_runs = contenders.cpu_seconds()
         child.communicate(b"\n")
     assert 0.5 <= while_it_runs - before <= contenders.cpu_seconds() - before < 5
+
+
+@pytest.mark.parametrize("work", ["pictures", "texts"])
+def test_the_report_to_be_compared_has_its_stages(
+    work: str, shares: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shares.SAMPLES = 40
+    shares.write(work, tmp_path)
+    shares.main(["--seconds", "0.1", "--child", work, str(tmp_path)])
+    report = json.loads(capsys.readouterr().out)
+    stages = {name.removesuffix("/share") for name in report if name.endswith("/share")}
+    assert stages == {*shares.MARKS.values(), shares.OWN, "wait"}
+
+
+def test_stacks_are_given_to_stages(shares: Any) -> None:
+    before = "main (shares.py:1);Local.receive (a/workers.py:9);deliveries (a/turns.py:70)"
+    stacks = [
+        "main (shares.py:1);_path_join (os.py:3) 7",
+        f"{before};load (a/pipeline.py:4);raw_sample (a/pipeline.py:5);pread (a/files.py:1) 1",
+        f"{before};load (a/pipeline.py:4);call (a/guard.py:4);Source.make (a/disk/source.py:5) 2",
+        f"{before};call (a/guard.py:2);Texts.encode_sample (shares.py:3);load (json.py:1) 3",
+        f"{before};batch (a/stages.py:2) 4",
+    ]
+    found = shares.sampled("\n".join(stacks))
+    assert found == {"load": 0.1, "decode": 0.2, "encode_sample": 0.3, shares.OWN: 0.4}

@@ -111,16 +111,16 @@ def sampled(raw: str) -> dict[str, float]:
             (name.rpartition(".")[2], Path(place.rpartition(":")[0]).name)
             for name, _, place in (frame.partition(" (") for frame in stack.split(";"))
         ]
-        if ("deliveries", "workers.py") in frames:
+        if ("deliveries", "turns.py") in frames:
             counts[next((MARKS[frame] for frame in frames if frame in MARKS), OWN)] += int(number)
     return {stage: count / counts.total() for stage, count in counts.items()}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=10, help="of each work (10)")
     parser.add_argument("--child", nargs=2, metavar=("WORK", "FOLDER"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.child:
         return child(*args.child, args.seconds)
     spy = shutil.which("py-spy", path=sysconfig.get_path("scripts")) or shutil.which("py-spy")
