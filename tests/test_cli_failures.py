@@ -72,7 +72,9 @@ def cats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_lint_writes_what_exclude_reads(cats: Path) -> None:
     found = run("lint", "cats", "--quarantine", "bad.jsonl")
-    assert (found.status, len(found.out.splitlines())) == (1, 3)
+    assert found.status == 1
+    *lines, after = found.out.splitlines()
+    assert (len(lines), after) == (3, "next: energon-fn exclude cats bad.jsonl")
     failures = list(read_quarantine("bad.jsonl"))
     assert [(failure.keys, failure.stage) for failure in failures] == [
         (("00003",), "decode"),

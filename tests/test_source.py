@@ -518,3 +518,10 @@ def test_no_part_takes_the_place_of_bookkeeping(tmp_path: Path) -> None:
     assert (raw["__key__"], raw["txt"]) == ("7", b"evil")
     assert (raw["__restore_key__"], raw["__subflavors__"]) == ((), {})
     assert raw["__sources__"] == (SourceInfo(str(tmp_path), 0, "0.tar", ("7.txt",)),)
+
+
+def test_a_source_is_told_in_a_line(tmp_path: Path) -> None:
+    for shard in range(3):
+        write_members(tmp_path / f"{shard}.tar", [(f"{shard}{n}.txt", b"a rose") for n in range(2)])
+    found = repr(open_source(tmp_path).cut(1, 4))
+    assert found == f"Source(3 samples of {tmp_path}, train, 2 shards)"

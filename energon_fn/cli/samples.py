@@ -76,6 +76,8 @@ def lint(args: argparse.Namespace) -> int:
     problems = " and ".join(counted(count, thing) for count, thing in counts if count)
     done = problems or "all can be read and decoded"
     print(f"{counted(total, 'sample')} in {among}: {done}")
+    if problems and args.quarantine and has_meta(args.path):
+        print(f"next: energon-fn exclude {args.path} {args.quarantine}")
     return BAD if problems else 0
 
 

@@ -23,6 +23,7 @@ from energon_fn.disk.index import Entry, Index, cached_index, has_parts
 from energon_fn.disk.metadata import every_part
 from energon_fn.disk.tars import Part
 from energon_fn.errors import DatasetError, logger
+from energon_fn.look.values import counted, seen
 from energon_fn.samples import BOOKKEEPING, CrudeSample, SourceInfo
 from energon_fn.seeds import number
 
@@ -118,6 +119,13 @@ class Source:
     part_filter: Callable[[str], bool] = every_part
     """Which parts are read."""
     subflavors: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        shards = len({segment.shard for segment in self.segments})
+        return (
+            f"Source({counted(len(self), 'sample')} of {seen(self.path)}, {self.split_part}, "
+            f"{counted(shards, 'shard')})"
+        )
 
     def __len__(self) -> int:
         return self._starts[-1]
