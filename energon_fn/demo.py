@@ -357,11 +357,8 @@ class CaptioningTaskEncoder(
 
     def pack_selected_samples(self, samples: list[EncodedSample]) -> EncodedSample:
         """Put the samples one behind the other."""
-        return EncodedSample(
-            __key__=",".join(sample.__key__ for sample in samples),
-            __restore_key__=tuple(sample.__restore_key__ for sample in samples),
-            __subflavors__=samples[0].__subflavors__,
-            __sources__=tuple(source for s in samples for source in s.__sources__ or ()),
+        return EncodedSample.from_samples(
+            samples,
             images=torch.cat([sample.images for sample in samples]),
             tokens=torch.cat([sample.tokens for sample in samples]),
             members=torch.cat([n * sample.members for n, sample in enumerate(samples, 1)]),

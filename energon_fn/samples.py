@@ -162,6 +162,26 @@ class Sample(_Shown):
         return cls(**{**_inherited(cls, base_sample), **fields})
 
     @classmethod
+    def from_samples(cls, samples: Iterable[Any], **fields: Any) -> Self:
+        """A sample of this type made of several, a pack say, with the given fields.
+
+        Its key names all of theirs, restore keys and sources are those of all, the subflavors are
+        the first one's.
+
+        >>> texts = [TextSample(__key__=key, text=key * 2) for key in "ab"]
+        >>> TextSample.from_samples(texts, text="".join(sample.text for sample in texts))
+        TextSample('a,b', text: 'aabb')
+        """
+        known = [basic_sample_keys(sample) for sample in samples]
+        packed = {
+            "__key__": ",".join(str(one.get("__key__")) for one in known),
+            "__restore_key__": tuple(one.get("__restore_key__") for one in known),
+            "__subflavors__": known[0].get("__subflavors__") if known else None,
+            "__sources__": tuple(s for one in known for s in one.get("__sources__") or ()),
+        }
+        return cls(**{**_inherited(cls, packed), **fields})
+
+    @classmethod
     def from_joined(cls, *samples: Any, **named: Any) -> Self:
         """A sample of this type of those that a join puts together, one of each dataset.
 
