@@ -46,10 +46,11 @@ here = Position()
 def apart() -> Iterator[None]:
     """Count what is done inside of it for nobody.
 
+    >>> before = here.meters.counts["packs"]
     >>> with apart():
     ...     count("packs", 1)
-    >>> "packs" in here.meters.counts
-    False
+    >>> here.meters.counts["packs"] == before
+    True
     """
     meters, here.meters = here.meters, Meters()
     try:
