@@ -30,10 +30,12 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-MAY_BE_NONE = ("select_samples_to_pack", "batch_group_criterion")
+SELECTS = "select_samples_to_pack"
+"""The function that gives several groups of samples."""
+MAY_BE_NONE = (SELECTS, "batch_group_criterion")
 """Functions whose results are no samples; who calls them checks them."""
-OF_LISTS = (SELECTS := "select_samples_to_pack", "pack_selected_samples", "batch")
-"""Functions of several samples; the first gives several groups of them."""
+OF_LISTS = (SELECTS, "pack_selected_samples", "batch")
+"""Functions of several samples."""
 
 
 def guarded(

@@ -9,6 +9,7 @@ An object store would be added by teaching these functions its paths; nothing el
 
 from __future__ import annotations
 
+import errno
 import glob
 import gzip
 import hashlib
@@ -144,6 +145,29 @@ def stream_size(path: str | os.PathLike[str]) -> int:
             _open_shards.pop(path, None)
             _unpacked.pop(path, None)
     return _shard(path).size
+
+
+def append_line(path: str | os.PathLike[str], line: bytes) -> None:
+    """Put a line at the end of a file in one write, as other processes may do at the same time.
+
+    An empty line only makes the file if it is not there. Raises OSError if it cannot be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     append_line(folder + "/log", b"one\\n")
+    ...     append_line(folder + "/log", b"two\\n")
+    ...     read_bytes(folder + "/log")
+    b'one\\ntwo\\n'
+    """
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        if line and (end := os.fstat(file).st_size) and os.pread(file, 1, end - 1) != b"\n":
+            line = b"\n" + line  # whoever wrote the last line was ended in the middle of it
+        written = os.write(file, line)
+    finally:
+        os.close(file)
+    if written < len(line):
+        raise OSError(errno.ENOSPC, "no room for a whole line", os.fspath(path))
 
 
 def list_files(folder: str | os.PathLike[str], hidden: str) -> list[str]:

@@ -7,7 +7,6 @@ them out of the next run.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import traceback
@@ -143,17 +142,7 @@ def append(path: str | os.PathLike[str], failure: Failure | None = None) -> None
     line = b""
     if failure is not None:
         line = json.dumps(asdict(failure), default=repr).encode() + b"\n"
-    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        if line and (end := os.fstat(file).st_size) and os.pread(file, 1, end - 1) != b"\n":
-            # Whoever wrote the last line was ended in the middle of it; or is in the middle of it,
-            # and then there will be a blank line between the two.
-            line = b"\n" + line
-        written = os.write(file, line)
-    finally:
-        os.close(file)
-    if written < len(line):
-        raise OSError(errno.ENOSPC, "no room for a whole line", os.fspath(path))
+    files.append_line(path, line)
 
 
 def read_quarantine(path: str | os.PathLike[str]) -> Iterator[Failure]:
