@@ -247,6 +247,13 @@ def test_the_table_fits(width: int) -> None:
     assert ("out" in lines[0]) == (width >= 40)
 
 
+@pytest.mark.parametrize("path", ["/mnt/share", "share", "s3/failed"])
+def test_no_dataset_is_taken_for_a_stage(path: str) -> None:
+    report = make_report(STAGES, sums(), {path: 7}, workers=0, threads=0)
+    assert report.stages == ["decode", "encode_sample", "energon_fn"]
+    assert report[f"drawn/{path}"] == 7
+
+
 def test_a_notebook_shows_a_table() -> None:
     report = make_report(STAGES, sums(), {"a & b": 3}, workers=2, threads=0)
     table = report._repr_html_()

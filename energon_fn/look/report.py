@@ -13,6 +13,8 @@ from energon_fn.meters import percentile, steps_of
 
 OWN = "energon_fn"
 """The row of what no stage takes: the order, the streams and their states."""
+NO_STAGES = ("wait", "drawn")
+"""What else comes in front of a slash and may have "share" behind it."""
 KEEPS_UP = 0.05
 """The share of its time that a loop may wait for batches before the loader is called slow."""
 
@@ -37,8 +39,8 @@ class Report(dict[str, float]):
     @property
     def stages(self) -> list[str]:
         """Those that did something, in the data's order, and what no stage took."""
-        names = (key.removesuffix("/share") for key in self if key.endswith("/share"))
-        return [name for name in names if name != "wait"]
+        parts = [key.split("/") for key in self]  # a dataset's path, behind drawn, may be anything
+        return [first for first, *rest in parts if rest == ["share"] and first not in NO_STAGES]
 
     def __str__(self) -> str:
         return self.text()
