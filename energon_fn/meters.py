@@ -11,8 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from threading import Lock
 
-SLOW = 20_000
-"""Nanoseconds above which each call is timed."""
+SLOW = 200_000
+"""Nanoseconds above which each call is timed: that takes up to 1,000 of them."""
 STRIDE = 31
 """Of others, every so many: a prime number, lest it keeps step with batches."""
 
@@ -58,11 +58,11 @@ class Meter:
         Gives back for how many calls it stands.
 
         >>> meter = Meter()
-        >>> for duration in (30_000, 200):
+        >>> for duration in (300_000, 200):
         ...     meter.calls += 1
         ...     number = meter.took(duration)
         >>> meter.ns, meter.due
-        (30200, 33)
+        (300200, 33)
         """
         calls = self.calls
         number, self.timed = calls - self.timed, calls

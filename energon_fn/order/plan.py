@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -88,9 +89,9 @@ def keys(plan: Plan, lane: int, state: State | None = None) -> Iterator[tuple[Ke
             for low in range(skip, len(chunk), 64):  # few at a time: many lanes wait at once
                 rounds, indices = np.divmod(chunk[low : low + 64], size)
                 rounds, indices = rounds + epoch * span, indices + first
-                for key in zip(rounds.tolist(), indices.tolist(), strict=True):
-                    done += 1
-                    yield key, (epoch, done)
+                made = zip(rounds.tolist(), indices.tolist(), strict=True)
+                first_state, done = done + 1, done + len(indices)
+                yield from zip(made, zip(repeat(epoch), range(first_state, done + 1)), strict=True)
         if not plan.repeat or not size:
             return
         epoch, done = epoch + 1, 0
@@ -201,14 +202,15 @@ def _chunk(
     middle = start + seeds.permutation(
         stop - start, plan.seed, plan.first, "pass 2", epoch, lane, number
     )
-    places = np.empty_like(middle)
-    for first in range(start // window, (stop - 1) // window + 1):
-        low, high = first * window, min((first + 1) * window, size)
-        inside = (middle >= low) & (middle < high)
-        mixed = low + seeds.permutation(
-            high - low, plan.seed, plan.first, "pass 1", epoch, lane, first
+    first, last = start // window, (stop - 1) // window
+    mixed = [
+        n * window
+        + seeds.permutation(
+            min(window, size - n * window), plan.seed, plan.first, "pass 1", epoch, lane, n
         )
-        places[inside] = mixed[middle[inside] - low]
+        for n in range(first, last + 1)
+    ]
+    places = np.concatenate(mixed)[middle - first * window]
     return _visit(plan, epoch, lane, places, sequences), position - start
 
 
