@@ -1,8 +1,10 @@
-"""The types of what :func:`~energon_fn.get_train_dataset` and its kind take, for type checkers."""
+"""What :func:`~energon_fn.get_train_dataset` and its kind take: for type checkers, and by name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any, Protocol, TypedDict, TypeVar
 
 from energon_fn.caching import CachePool
@@ -73,3 +75,33 @@ class LoaderOptions(TypedDict, total=False):
     fail_on_timeout: bool
     cache_pool: CachePool | None
     threads: int | None
+
+
+def check_names(function: Callable[..., Any], given: Iterable[str], also: Iterable[str]) -> None:
+    """Raise TypeError for a name that is no argument of ``function``.
+
+    also: names that it takes besides those of its signature.
+
+    >>> def loader(dataset, *, threads=0, **unknown):
+    ...     check_names(loader, unknown, also=())
+    >>> loader("a", thread=2)
+    Traceback (most recent call last):
+        ...
+    TypeError: loader() has no argument 'thread'; did you mean threads?
+    >>> loader("a", num_workers=2)
+    Traceback (most recent call last):
+        ...
+    TypeError: loader() has no argument 'num_workers': give get_train_dataset ...
+    """
+    parameters = signature(function).parameters.values()
+    named = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD]
+    known = {*named, *also}
+    for name in set(given) - known:
+        near = get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(sorted(known))}"
+        if "worker" in name:
+            hint = (
+                ": give get_train_dataset and its kind "
+                "worker_config=WorkerConfig(rank=0, world_size=1, num_workers=2), say"
+            )
+        raise TypeError(f"{function.__name__}() has no argument {name!r}{hint}")

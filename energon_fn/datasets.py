@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from fractions import Fraction
@@ -11,7 +11,7 @@ from inspect import signature
 from itertools import accumulate
 from typing import Any, TypeVar, Unpack, cast, overload
 
-from energon_fn.arguments import Common, EncodesBatch, EncodesSample, Every, Train, Val
+from energon_fn.arguments import Common, EncodesBatch, EncodesSample, Every, Train, Val, check_names
 from energon_fn.decoding import decoder as make_decoder
 from energon_fn.disk.source import Samples
 from energon_fn.errors import DatasetError, logger
@@ -74,7 +74,7 @@ def get_train_dataset(
     together; None: leave them in their order (the buffer shuffles all the same).
     The other options are those of :func:`get_dataset`.
     """
-    _check_names(get_train_dataset, options)
+    check_names(get_train_dataset, options, also=Common.__annotations__)
     return get_dataset(
         path,
         split_part=split_part,
@@ -116,7 +116,7 @@ def get_val_dataset(
     limit: batches of one iteration on each rank at most; None: all.
     The other options are those of :func:`get_dataset`.
     """
-    _check_names(get_val_dataset, options)
+    check_names(get_val_dataset, options, also=Common.__annotations__)
     return get_dataset(
         path,
         split_part=split_part,
@@ -141,7 +141,8 @@ def get_val_datasets(
 ) -> list[tuple[Dataset[Any], Samples]]: ...
 def get_val_datasets(path: Recipe, **options: Any) -> list[tuple[Dataset[Any], Samples]]:
     """:func:`get_val_dataset` for each of the datasets at ``path``, with the source it reads."""
-    _check_names(get_val_datasets, options, get_val_dataset)
+    also = (*signature(get_val_dataset).parameters, *Common.__annotations__)
+    check_names(get_val_datasets, options, also)
     whole = get_val_dataset(path, **options)
     order = cast(Plan, whole.order)  # one after the other, so it is a single plan
     return [
@@ -151,22 +152,6 @@ def get_val_datasets(path: Recipe, **options: Any) -> list[tuple[Dataset[Any], S
         )
         for source, aux in zip(whole.sources, whole.aux, strict=True)
     ]
-
-
-def _check_names(
-    function: Callable[..., Any],
-    options: Mapping[str, Any],
-    like: Callable[..., Any] | None = None,
-) -> None:
-    """Raise TypeError for an option that the function, or the one it is like, does not have."""
-    named = [name for each in (function, like or function) for name in signature(each).parameters]
-    known = {*named, *Common.__annotations__} - {"options"}
-    for name in options.keys() - known:
-        near = get_close_matches(name, known, 1)
-        hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(sorted(known))}"
-        if "worker" in name:
-            hint = ": give worker_config=WorkerConfig(rank=0, world_size=1, num_workers=2), say"
-        raise TypeError(f"{function.__name__}() has no argument {name!r}{hint}")
 
 
 @overload

@@ -89,7 +89,10 @@ def log_exception(
     place = type(exception), trace and (trace.tb_frame.f_code, trace.tb_lineno)
     notes = " ".join(getattr(exception, "__notes__", ()))
     times = _times[place] = _times[place] + 1
-    what = f"sample dropped: {type(exception).__name__}: {exception} {notes}"
+    dropped = "sample"
+    if isinstance(sample, list) and len(sample) > 1:
+        dropped = f"{len(sample)} samples together"
+    what = f"{dropped} dropped: {type(exception).__name__}: {exception} {notes}"
     if isinstance(exception, SampleError) or 1 < times <= 8:
         logger.error(what)
     elif times == 1:

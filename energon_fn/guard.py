@@ -71,7 +71,9 @@ def guarded(
 
     def fail(error: Exception, item: T) -> None:
         nonlocal failures
-        error.add_note(f"in {stage} of {describe(item)}")
+        note = f"in {stage} of {describe(item)}"
+        error.add_note(note)
+        here.failure = f"{type(error).__name__}: {error} {note}"
         if isinstance(error, (*PROGRAMMING_ERRORS, DatasetError, FatalSampleError)):
             raise error
         meter.failed += 1

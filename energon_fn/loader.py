@@ -12,13 +12,13 @@ from copy import copy
 from dataclasses import replace
 from itertools import chain
 from time import perf_counter
-from typing import Any, Generic, Self, TypeVar, Unpack
+from typing import Any, Generic, Never, Self, TypeVar, Unpack
 
 import torch
 import torch.distributed as distributed
 
 from energon_fn import checkpoint
-from energon_fn.arguments import LoaderOptions
+from energon_fn.arguments import LoaderOptions, check_names
 from energon_fn.caching import CachePool
 from energon_fn.errors import FatalSampleError, StateError, logger
 from energon_fn.lanes import WorkerConfig, in_notebook, whole
@@ -340,6 +340,7 @@ def get_loader(
     fail_on_timeout: bool = False,
     cache_pool: CachePool | None = None,
     threads: int | None = None,
+    **unknown: Never,
 ) -> Loader[T]:
     """A loader for this rank: ``for batch in get_loader(dataset): ...``.
 
@@ -357,6 +358,7 @@ def get_loader(
     threads: threads in each process (workers, or this one without any) that read and decode samples
     before their turn; what is delivered is the same. None: 4 in a notebook without workers, else 0.
     """
+    check_names(get_loader, unknown, also=())
     if not isinstance(dataset, Dataset):
         raise TypeError(
             f"get_loader takes a dataset, not {dataset!r}: get_loader(get_train_dataset(...))"
@@ -402,6 +404,5 @@ def get_savable_loader(
     What it takes besides is not needed, since each batch comes with its state, and the watchdog
     counts the steps that are made.
     """
-    for name in options.keys() - LoaderOptions.__annotations__.keys():
-        raise TypeError(f"get_savable_loader() has no argument {name!r}; see get_loader")
+    check_names(get_savable_loader, options, also=LoaderOptions.__annotations__)
     return get_loader(dataset, **options)

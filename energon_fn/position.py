@@ -33,6 +33,8 @@ class Position:
     """What is being done."""
     item: Any = None
     """What it is done to."""
+    failure: str = ""
+    """The last one there was of a user's function."""
     elsewhere: int = 0
     """Nanoseconds that another thread spent on it, for what is done now."""
     meters: Meters = field(default_factory=Meters)

@@ -92,10 +92,11 @@ def resumable(
                         before = tuple(origins[id(item)] for item in held)
                         origins = dict(zip(map(id, held), before, strict=True))
                 elif pulled == patience:
+                    last_one = f" The last failure: {here.failure}." if here.failure else ""
                     raise FatalSampleError(
                         f"nothing came of {pulled} items in a row: all of them were skipped, or no "
-                        "batch could be filled. See the log for failures, and the functions that "
-                        "raise SkipSample."
+                        f"batch could be filled.{last_one} See the log for failures, and the "
+                        "functions that raise SkipSample."
                     )
                 pulled += 1
                 item = next(items, None)

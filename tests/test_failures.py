@@ -21,6 +21,7 @@ from encoders import (
     here,
     load,
     numbers_in,
+    train,
     val,
 )
 
@@ -248,3 +249,15 @@ def test_failure_tolerance_of_one_method(folder: Path, caplog: pytest.LogCapture
     assert len(caplog.records) == 8 + 1  # of 18: the first ones, and the 16th
     with pytest.raises(FatalSampleError, match=r"encode_sample failed 4 times in a row.*00007"):
         load(folder, task_encoder=Failing())
+
+
+def test_where_nothing_ever_comes_the_last_failure_is_told(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(Encoder):
+        def batch(self, samples: list[Any]) -> Any:
+            raise ValueError("sizes differ")
+
+    with pytest.raises(FatalSampleError, match=r"nothing came.*sizes differ in batch of samples 0"):
+        train(folder, task_encoder=Failing(), batch_size=12)
+    assert "12 samples together dropped: ValueError: sizes differ" in caplog.text

@@ -708,6 +708,14 @@ def test_a_wrong_number_of_threads_is_told(folder: Path, threads: Any) -> None:
         get_loader(dataset, threads=threads)
 
 
+def test_workers_are_the_datasets_matter(folder: Path) -> None:
+    dataset = get_train_dataset(folder, batch_size=2, worker_config=ONE)
+    with pytest.raises(TypeError, match="'num_workers': give get_train_dataset .*WorkerConfig"):
+        get_loader(dataset, num_workers=2)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"get_loader\(\) .*'thread'; did you mean threads\?"):
+        get_loader(dataset, thread=2)  # type: ignore[arg-type]
+
+
 def test_the_published_name_takes_what_is_not_needed_here(folder: Path) -> None:
     dataset = get_train_dataset(folder, batch_size=3, task_encoder=Numbers(), worker_config=ONE)
     loader = get_savable_loader(

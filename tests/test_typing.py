@@ -25,7 +25,8 @@ def test_the_documented_arguments_are_those_of_get_dataset() -> None:
 
 def test_the_savable_loader_takes_what_get_loader_takes() -> None:
     taken, told = typing.get_type_hints(get_loader), typing.get_type_hints(LoaderOptions)
-    assert {name: of for name, of in taken.items() if name not in ("dataset", "return")} == told
+    named = {"dataset", "unknown", "return"}
+    assert {name: of for name, of in taken.items() if name not in named} == told
 
 
 @pytest.mark.parametrize(
