@@ -710,7 +710,7 @@ def test_a_wrong_number_of_threads_is_told(folder: Path, threads: Any) -> None:
 
 def test_workers_are_the_datasets_matter(folder: Path) -> None:
     dataset = get_train_dataset(folder, batch_size=2, worker_config=ONE)
-    with pytest.raises(TypeError, match="'num_workers': give get_train_dataset .*WorkerConfig"):
+    with pytest.raises(TypeError, match=r"'num_workers': give get_train_dataset .*WorkerConfig"):
         get_loader(dataset, num_workers=2)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"get_loader\(\) .*'thread'; did you mean threads\?"):
         get_loader(dataset, thread=2)  # type: ignore[arg-type]
