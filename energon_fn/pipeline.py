@@ -108,7 +108,9 @@ class Dataset(Generic[T_co]):
             for batch, after in staged(inner):
                 mark(batch, ("batch", epoch, lane, (inner, given)))
                 inner, given, drawn, index = after, given + 1, here.order, here.sample_index
-                yield batch, (inner, given, drawn)
+                box, here.item = [batch], None
+                del batch  # who waits keeps nothing, see stages
+                yield box.pop(), (inner, given, drawn)
                 # Other lanes ran meanwhile.
                 here.batch_index, here.sample_index = given * lanes + lane, index
                 here.order = drawn
@@ -351,7 +353,8 @@ def lifts(dataset: Dataset[Any], lane: int, epoch: int, guarded: Guard = guarded
         return method and guard(method, name, marks_of(encoder, name), seed)
 
     def each(seed: int, *names: str) -> list[Any]:
-        return [stages.encode_sample(fn) for name in names if (fn := own(name, seed)) is not None]
+        stage = stages.encode_batch if names == ("encode_batch",) else stages.encode_sample
+        return [stage(fn) for name in names if (fn := own(name, seed)) is not None]
 
     def cooked(cooker: stages.Cooker) -> stages.Cooker:
         cook, marks = cooker.cook, marks_of(cooker, "cook")
@@ -405,7 +408,7 @@ def lifts(dataset: Dataset[Any], lane: int, epoch: int, guarded: Guard = guarded
             lift(stages.encode_sample(partial(_keyed, criterion)), name="batch_group_criterion"),
             partial(holding, group, name="batch_group_criterion", patience=patience),
             lift(
-                stages.encode_sample(partial(_of_group, make)),
+                stages.encode_batch(partial(_of_group, make)),
                 *each(of_lane, "encode_batch"),
                 name="batch",
             ),

@@ -12,6 +12,10 @@ the generator, and pickles if the functions in it do. Where a user's function is
 
 * it may return a value, or be a generator that yields none to many;
 * :class:`~energon_fn.SkipSample` raised in it drops the sample, group or batch at hand.
+
+A generator that waits keeps what its variables hold. So that a hundred streams which wait for their
+turns do not keep a batch each, batches and what they are made of are popped from a list as they
+are handed on.
 """
 
 from __future__ import annotations
@@ -148,19 +152,23 @@ def apply(fn: Callable[[T], U | Iterator[U]], item: T) -> Iterator[U]:
     >>> list(apply(lambda n: n + 1, 1)), list(apply(lambda n: (m for m in range(n)), 3))
     ([2], [0, 1, 2])
     """
+    return _apply([item], fn)
+
+
+def _apply(box: list[Any], fn: Callable[[T], U | Iterator[U]]) -> Iterator[U]:
     skipped = SkipSample  # when Python ends, globals may go before a generator is closed
     try:
-        result = fn(item)
-        if isinstance(result, GeneratorType):
-            yield from result
+        box.append(fn(box.pop()))
+        if isinstance(box[0], GeneratorType):
+            yield from box.pop()
         else:
-            yield cast(U, result)
+            yield box.pop()
     except skipped:
         return
 
 
 def _each(items: Iterable[T], fn: Callable[[T], U | Iterator[U]]) -> Iterator[U]:
-    # apply() written out: this loop is the one that runs for every sample.
+    # apply() written out: this loop is the one that runs for every sample, and may keep one.
     skipped = SkipSample
     for item in items:
         try:
@@ -225,7 +233,9 @@ def encode_batch(items: Iterable[T], fn: Callable[[T], U | Iterator[U]]) -> Iter
     >>> list(encode_batch(sum)([[1, 2], [3]]))
     [3, 3]
     """
-    return _each(items, fn)
+    items = iter(items)
+    while box := list(islice(items, 1)):
+        yield from _apply(box, fn)
 
 
 @dataclass(frozen=True)
@@ -472,10 +482,8 @@ def batch(
     """
     _check("batch_size", batch_size)
     items = iter(items)
-    while group := list(islice(items, batch_size)):
-        if len(group) == batch_size or not drop_last:
-            yield from apply(collate, group)
-        group = []  # let go of these before others are made
+    while len((box := [list(islice(items, batch_size))])[0]) >= (batch_size if drop_last else 1):
+        yield from _apply(box, collate)
 
 
 @stage
@@ -509,7 +517,9 @@ def group(
         _check(f"the batch size of group {key!r}", size)
         members = groups.setdefault(key, [])
         members.append(item)
-        if len(members) >= size:
+        full = len(members) >= size
+        del members
+        if full:
             yield groups.pop(key)
     if not drop_last:
         yield from groups.values()

@@ -109,13 +109,16 @@ def resumable(
                     origins[id(item[0])] = last
                 last = place = item[1]
                 here.where, here.calls = place, 0
-                yield item[0]
+                box = [item[0]]
+                del item
+                yield box.pop()
 
         for output in stage(pull(), held) if gives_back else stage(pull()):
             emitted += 1
             if emitted > drop:
-                key = key_of(output)
-                yield output, (run, emitted, key, before) if before else (run, emitted, key)
+                key, box = key_of(output), [output]
+                del output  # who waits keeps nothing, see stages
+                yield box.pop(), (run, emitted, key, before) if before else (run, emitted, key)
             elif emitted == drop and expected != key_of(output):
                 raise _diverged(name, expected, key_of(output))
             # Others ran meanwhile, and there may be more of this run.
@@ -184,7 +187,9 @@ def holding(
         for output in stage(pull()):
             for item in output:
                 del held[id(item)]
-            yield output, (last, tuple(held.values()))
+            box = [output]
+            del output, item
+            yield box.pop(), (last, tuple(held.values()))
 
     return stream
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +95,36 @@ class Plain:
 class Grouping(Numbers):
     def batch_group_criterion(self, sample: int) -> tuple[int, int]:
         return sample % 3, 2 + sample % 3
+
+
+class Living(Numbers):
+    """A batch is how many samples and how many batches there were when it was made."""
+
+    def __init__(self) -> None:
+        self.samples: list[Any] = []
+        self.batches: list[Any] = []
+
+    @staticmethod
+    def noted(where: list[Any], tensor: torch.Tensor) -> torch.Tensor:
+        where.append(weakref.ref(tensor))
+        return tensor
+
+    def encode_sample(self, sample: Any) -> Any:
+        return self.noted(self.samples, torch.tensor(sample["json"]["n"]))
+
+    def batch(self, samples: Any) -> Any:
+        living = [sum(ref() is not None for ref in refs) for refs in (self.samples, self.batches)]
+        return self.noted(self.batches, torch.tensor(living))
+
+
+class LivingTwice(Living):
+    def encode_batch(self, batch_data: torch.Tensor) -> torch.Tensor:
+        return self.noted(self.batches, batch_data + 0)
+
+
+class LivingGroups(LivingTwice):
+    def batch_group_criterion(self, sample: Any) -> tuple[None, None]:
+        return None, None
 
 
 def train(folder: Path, config: WorkerConfig = ONE, **options: Any) -> Any:
@@ -706,6 +737,18 @@ def test_a_wrong_number_of_threads_is_told(folder: Path, threads: Any) -> None:
     dataset = get_train_dataset(folder, batch_size=2, worker_config=ONE)
     with pytest.raises(ValueError, match=r"threads is .*; it must be 0 or more"):
         get_loader(dataset, threads=threads)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("encoder", [Living, LivingTwice, LivingGroups])
+def test_lanes_that_wait_keep_no_batches(folder: Path, encoder: Any, workers: int) -> None:
+    size, lanes = 5, 6
+    config = WorkerConfig(rank=0, world_size=1, num_workers=workers, lanes=lanes)
+    with train(folder, config, batch_size=size, task_encoder=encoder()) as loader:
+        living = [data.tolist() for data in itertools.islice(loader, 4 * lanes)]
+    for samples, batches in living:
+        assert samples <= size + lanes  # a lane may keep its last sample
+        assert batches <= 1  # ``data``
 
 
 def test_workers_are_the_datasets_matter(folder: Path) -> None:

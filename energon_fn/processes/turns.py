@@ -47,8 +47,9 @@ def deliveries(
             meters.counts["busy"] += perf_counter() - start
             if item is None:
                 del running[lane]
-            batch, state = item or (None, None)
-            yield Delivery(lane, batch, state)
+            box = [Delivery(lane, *(item or (None, None)))]
+            del item  # who waits keeps nothing, see stages
+            yield box.pop()
 
 
 class Local:

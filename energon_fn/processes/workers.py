@@ -278,5 +278,5 @@ def _work(connection: socket, questions: socket, streams: Streams, prefetch: int
             epoch, lanes = outbox.begin()
             turns = deliveries(streams, epoch, lanes, meters)
             while (message := next_message(turns)) and outbox.put(message):
-                pass
+                del message  # before the next is made
             outbox.flush()
