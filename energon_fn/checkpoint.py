@@ -193,6 +193,22 @@ def check_version(state: Any) -> None:
         raise StateError(
             f"the state has format {state['version']}, this version of energon_fn reads {VERSION}"
         )
+    parts = {"fingerprint": Mapping, "world_size": int, "epoch": int, "delivered": int}
+    parts["lanes"] = Mapping
+    wrong = [name for name, kind in parts.items() if not isinstance(state.get(name), kind)]
+    wrong = wrong or [f"lane {n}" for n, lane in state["lanes"].items() if not _is_of_lane(lane)]
+    if wrong:
+        raise StateError(
+            f"the state is damaged: {', '.join(wrong)} is missing or not as it was saved. Give "
+            "what state_dict, save_state_rank or save_state_global returned, or an older one."
+        )
+
+
+def _is_of_lane(state: Any) -> bool:
+    match state:
+        case None | "ended" | [_, int(), *_]:  # a tuple is such a sequence, too
+            return True
+    return False
 
 
 def check_lanes(state: State, needed: Sequence[str]) -> None:

@@ -76,9 +76,13 @@ class WorkerConfig:
             given = getattr(self, name)
             if given is not None or name not in ("lanes", "max_failures"):
                 object.__setattr__(self, name, whole(name, given, least.get(name)))
-        if self.max_failure_rate is not None and not 0 <= self.max_failure_rate <= 1:
-            raise ValueError(
-                f"max_failure_rate is {self.max_failure_rate}; it must be a share, 0 to 1"
+        rate = self.max_failure_rate
+        if rate is not None and not (isinstance(rate, int | float) and 0 <= rate <= 1):
+            raise ValueError(f"max_failure_rate is {rate!r}; it must be a share, 0 to 1")
+        if not callable(self.global_error_handler):
+            raise TypeError(
+                f"global_error_handler is {self.global_error_handler!r}; give a function such as "
+                "log_exception, reraise_exception or quarantine(FILE)"
             )
         if not 0 <= self.rank < self.world_size:
             raise ValueError(
@@ -135,6 +139,12 @@ class WorkerConfig:
     def __getstate__(self) -> dict[str, Any]:
         # A process group cannot travel to a worker, and is not needed there.
         return {**self.__dict__, "data_parallel_group": None}
+
+    def __copy__(self) -> WorkerConfig:
+        return self  # it does not change, and has its group
+
+    def __deepcopy__(self, memo: object) -> WorkerConfig:
+        return self
 
 
 default_worker_config = WorkerConfig.default_worker_config

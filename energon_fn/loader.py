@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from copy import copy
 from dataclasses import replace
 from itertools import chain
+from multiprocessing import get_all_start_methods
 from time import perf_counter
 from typing import Any, Generic, Never, Self, TypeVar, Unpack
 
@@ -118,7 +119,11 @@ class Loader(Generic[T_co]):
         if exact:
             for _ in range(sum(given.values())):
                 if not self._next():
-                    raise ValueError(f"cannot seek to batch {n}: the first epoch ends before it")
+                    self._begin(epoch=0)
+                    raise ValueError(
+                        f"cannot seek to batch {n}: the first epoch ends before it. The loader is "
+                        "at its beginning"
+                    )
         else:
             by_turn = sorted(given, key=lambda lane: (given[lane], lane))
             self._lanes = {lane: self.dataset.lane_state(lane, given[lane]) for lane in by_turn}
@@ -177,13 +182,20 @@ class Loader(Generic[T_co]):
 
         state: this rank's, or one with the lanes of more (:func:`energon_fn.checkpoint.merge`).
         accept: names in the fingerprint in which the state may differ, such as ``"dataset"`` when
-        data was appended. Then the next epoch begins, since the rest of this one cannot be told.
+        data was appended, or ``"replay"``. Then the next epoch begins, since the rest of this one
+        cannot be told.
 
         Raises :class:`~energon_fn.StateError` if the state does not fit.
         """
         checkpoint.check_version(state)
-        config = self.dataset.worker_config
-        differing = checkpoint.differences(state, self.dataset.fingerprint, accept)
+        config, fingerprint = self.dataset.worker_config, self.dataset.fingerprint
+        accept = {accept} if isinstance(accept, str) else {*accept}
+        if unknown := accept - {*fingerprint, *state["fingerprint"], "replay"}:
+            raise ValueError(
+                f"there is no {', '.join(map(repr, unknown))} to accept; there are: "
+                f"{', '.join([*fingerprint, 'replay'])}"
+            )
+        differing = checkpoint.differences(state, fingerprint, accept)
         checkpoint.check_lanes(state, [str(lane) for lane in config.rank_lanes])
         lanes = {int(lane): checkpoint.tupled(of) for lane, of in state["lanes"].items()}
         self._restored += 1
@@ -365,8 +377,21 @@ def get_loader(
         raise TypeError(
             f"get_loader takes a dataset, not {dataset!r}: get_loader(get_train_dataset(...))"
         )
-    if prefetch_factor < 1:
-        raise ValueError(f"prefetch_factor is {prefetch_factor}; it must be 1 or more")
+    prefetch_factor = whole("prefetch_factor", prefetch_factor, 1)
+    max_worker_restarts = whole("max_worker_restarts", max_worker_restarts, 0)
+    watchdog = watchdog_timeout_seconds
+    if watchdog is not None and not (isinstance(watchdog, int | float) and watchdog > 0):
+        raise ValueError(
+            f"watchdog_timeout_seconds is {watchdog!r}; it must be above 0, or None to switch it "
+            "off"
+        )
+    if multiprocessing_context not in (None, *(methods := get_all_start_methods())):
+        raise ValueError(
+            f"multiprocessing_context is {multiprocessing_context!r}; there are: "
+            f"{', '.join(methods)}, None for Python's default"
+        )
+    if not (cache_pool is None or hasattr(cache_pool, "get_lazy")):
+        raise TypeError(f"cache_pool is {cache_pool!r}; give a FileStoreCachePool, say")
     if worker_config is not None:
         ours = dataset.worker_config
         for name in ("lane_count", "seed_offset"):

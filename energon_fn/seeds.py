@@ -9,7 +9,9 @@ Where is kept in :mod:`energon_fn.position`; a user's function is seeded from it
 
 from __future__ import annotations
 
+import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -53,11 +55,23 @@ def permutation(n: int, *what: object) -> npt.NDArray[np.int64]:
 
 
 _before: list[tuple[Callable[[Any], object], Any]] | None = None  # of the generators, once reseeded
+_mine = threading.RLock()
+
+
+def _renew() -> None:
+    global _mine
+    _mine = threading.RLock()  # a fork has none of the threads that could hold it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
 
 
 @contextmanager
 def untouched() -> Iterator[None]:
     """Leave the global random generators, when all is done, as :func:`reseed` found them.
+
+    One thread at a time can be inside: generators and position are one for the whole process.
 
     >>> random.seed(1); a = random.random(); random.seed(1)
     >>> with untouched():
@@ -66,13 +80,14 @@ def untouched() -> Iterator[None]:
     True
     """
     global _before
-    outer, _before = _before, []
-    try:
-        yield
-    finally:
-        before, _before = _before, outer
-        for restore, state in before:
-            restore(state)
+    with _mine:
+        outer, _before = _before, []
+        try:
+            yield
+        finally:
+            before, _before = _before, outer
+            for restore, state in before:
+                restore(state)
 
 
 def reseed(seed: int, what: str) -> None:

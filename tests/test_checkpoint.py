@@ -227,6 +227,38 @@ def test_what_is_no_state_is_refused(folder: Path) -> None:
         make(folder).restore_state_global(None)
 
 
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        ({"lanes": None}, "lanes is missing"),
+        ({"epoch": "2"}, "epoch is missing or not as"),
+        ({"lanes": {"0": [1]}}, "lane 0 is"),
+        ({"lanes": {"0": "endde"}}, "lane 0 is"),
+    ],
+)
+def test_a_damaged_state_is_refused(folder: Path, damage: dict[str, Any], named: str) -> None:
+    state = make(folder).state_dict()
+    with pytest.raises(StateError, match=f"the state is damaged: {named}"):
+        make(folder).load_state_dict({**state, **damage})
+
+
+def test_what_is_accepted_has_a_name(folder: Path) -> None:
+    state = make(folder).state_dict()
+    with pytest.raises(ValueError, match="there is no 'datasets' to accept; there are: lanes, "):
+        make(folder).load_state_dict(state, accept=["datasets"])
+    loader = make(folder)
+    loader.load_state_dict(state, accept="replay")
+    assert loader.state_dict()["epoch"] == 1
+
+
+def test_a_refused_seek_leaves_the_loader_at_its_beginning(folder: Path) -> None:
+    loader = val(folder, config())
+    whole = list(loader)
+    with pytest.raises(ValueError, match="cannot seek to batch 1000: the first epoch ends before"):
+        loader.seek(1000)
+    assert list(loader) == whole
+
+
 def test_restoring_during_an_iteration_is_told_and_before_the_next_is_right(folder: Path) -> None:
     whole = list(itertools.islice(make(folder), 9))
     loader = make(folder)

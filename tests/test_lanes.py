@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,15 +68,22 @@ def test_global_order_is_the_same_for_every_world_size(a: int, b: int, each: int
         ({"lanes": 3}, "4 or 8, say"),
         ({"lanes": 0}, "lanes is 0; it must be a multiple of world_size 4"),
         ({"lanes": -4}, "4 or 8, say"),
+        ({"max_failure_rate": 2}, "max_failure_rate is 2; it must be a share, 0 to 1"),
+        ({"max_failure_rate": "a"}, "max_failure_rate is 'a'; it must be a share, 0 to 1"),
     ],
 )
-def test_a_wrong_configuration_is_named(wrong: dict[str, int], named: str) -> None:
-    right = {"rank": 3, "world_size": 4, "num_workers": 2}
+def test_a_wrong_configuration_is_named(wrong: dict[str, Any], named: str) -> None:
+    right: dict[str, Any] = {"rank": 3, "world_size": 4, "num_workers": 2}
     WorkerConfig(**right)
     with pytest.raises(ValueError, match=re.escape(named)):
         WorkerConfig(**{**right, **wrong})
     with pytest.raises(ValueError, match=re.escape(named)):
         replace(WorkerConfig(**right), **wrong)
+
+
+def test_a_handler_is_a_function() -> None:
+    with pytest.raises(TypeError, match="global_error_handler is 'log'; give a function such as"):
+        WorkerConfig(rank=0, world_size=1, num_workers=0, global_error_handler="log")  # type: ignore[arg-type]
 
 
 def test_the_defaults() -> None:
@@ -102,6 +111,8 @@ def test_pickling_drops_the_process_group_and_nothing_else() -> None:
     again = pickle.loads(pickle.dumps(config))
     assert again == replace(config, data_parallel_group=None)
     assert config.data_parallel_group is group
+    for same in (copy.copy(config), copy.deepcopy({"config": config})["config"]):
+        assert same.data_parallel_group is group
     assert replace(config, rank=0).data_parallel_group is group
     assert again.rank_lanes == (1, 3, 5, 7)
 

@@ -732,6 +732,52 @@ def test_workers_read_no_further_ahead_with_every_epoch(folder: Path) -> None:
     assert made.value <= 10 * 4
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prefetch_factor": 0},
+        {"prefetch_factor": 1.5},
+        {"max_worker_restarts": -1},
+        {"watchdog_timeout_seconds": 0},
+        {"watchdog_timeout_seconds": "60"},
+        {"multiprocessing_context": "frok"},
+    ],
+)
+def test_a_wrong_argument_is_told(folder: Path, wrong: Any) -> None:
+    dataset = get_train_dataset(folder, batch_size=2, worker_config=ONE)
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{name} is {value!r}; "):
+        get_loader(dataset, **wrong)
+
+
+def test_a_cache_pool_is_no_path(folder: Path) -> None:
+    dataset = get_train_dataset(folder, batch_size=2, worker_config=ONE)
+    with pytest.raises(TypeError, match="cache_pool is '/tmp'; give a FileStoreCachePool"):
+        get_loader(dataset, cache_pool="/tmp")  # type: ignore[arg-type]
+
+
+def test_loaders_in_several_threads_do_not_meddle(folder: Path) -> None:
+    class Slow(Drawing):
+        def encode_sample(self, sample: Any) -> Any:
+            time.sleep(0.0005)  # another thread's turn, between seeding and drawing
+            return super().encode_sample(sample)
+
+    def run(found: list[Any]) -> None:
+        loader = train(folder, ONE, task_encoder=Slow())
+        for batch in itertools.islice(loader, 12):
+            found.append((batch, loader.state_dict()["lanes"], loader.drawn()))
+
+    found = [list[Any]() for _ in range(4)]
+    alone, *together = found
+    run(alone)
+    threads = [threading.Thread(target=run, args=(one,)) for one in together]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [alone] * 4
+
+
 @pytest.mark.parametrize("threads", [-1, 1.5, "two"])
 def test_a_wrong_number_of_threads_is_told(folder: Path, threads: Any) -> None:
     dataset = get_train_dataset(folder, batch_size=2, worker_config=ONE)
