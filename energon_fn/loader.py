@@ -82,13 +82,16 @@ class Loader(Generic[T_co]):
             self._delivered = 0
             if not virtual:
                 self._begin(self._epoch + 1)
-        pinned, restored = torch.accelerator.is_available(), self._restored
+        pinned, restored, epoch = torch.accelerator.is_available(), self._restored, self._epoch
         while self._delivered != length:
             waiting, asked = "waited" if self._started else "starting", perf_counter()
             delivery = self._next()
             given = perf_counter()
             self._sums[waiting] += given - asked
             if not delivery:
+                if virtual and not self._delivered and self._epoch == epoch:
+                    self._begin(epoch + 1)  # the last iteration ended just where the data does
+                    continue
                 break
             self._delivered += 1
             self._sums["batches"] += 1

@@ -778,6 +778,16 @@ def test_loaders_in_several_threads_do_not_meddle(folder: Path) -> None:
     assert found == [alone] * 4
 
 
+@pytest.mark.parametrize("length", [2, 3, 4, 5])
+def test_no_virtual_epoch_is_empty(folder: Path, length: int) -> None:
+    loader = train(folder, ONE, repeat=False, virtual_epoch_length=length, batch_size=2)
+    epochs = [len(list(loader)) for _ in range(12)]
+    batches = len(list(train(folder, ONE, repeat=False, batch_size=2)))
+    whole, rest = divmod(batches, length)
+    pattern = [length] * whole + [rest] * (rest > 0)
+    assert epochs == list(itertools.islice(itertools.cycle(pattern), 12))
+
+
 @pytest.mark.parametrize("threads", [-1, 1.5, "two"])
 def test_a_wrong_number_of_threads_is_told(folder: Path, threads: Any) -> None:
     dataset = get_train_dataset(folder, batch_size=2, worker_config=ONE)

@@ -231,3 +231,12 @@ def test_many_shards_come_in_order(
     with pytest.raises(DatasetError, match=r"4\.tar does not exist"):
         list(index_shards(tmp_path, names, workers=2))
     assert set(multiprocessing.active_children()) <= set(before)
+
+
+def test_samples_that_run_into_one_another_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["a.txt", "a.cls", "a.txt", "a.cls", "b.txt"]
+    write_tar(tmp_path / "a.tar", [(name, b"1") for name in names])
+    index_shard(tmp_path / "a.tar")
+    assert "a.tar: 2 files have the name of another one of their sample, 'a.txt'" in caplog.text

@@ -81,7 +81,7 @@ def index_shard(path: str | os.PathLike[str], name: str | None = None) -> ShardI
     keys, offsets = shard.keys, shard.offsets
     parts: list[Part] = []
 
-    links = 0
+    links, twice = 0, []
 
     def broken(why: object) -> DatasetError:
         # The last one begun may lack parts.
@@ -105,6 +105,8 @@ def index_shard(path: str | os.PathLike[str], name: str | None = None) -> ShardI
                     parts = []
                     keys.append(split[0])
                     offsets.append(member.offset)
+                if any(split[1] == part[0] for part in parts):
+                    twice.append(member.name)
                 parts.append((split[1], member.offset_data, member.size))
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             raise broken(error) from error
@@ -133,6 +135,14 @@ def index_shard(path: str | os.PathLike[str], name: str | None = None) -> ShardI
             "they point to (GNU tar: --dereference --hard-dereference)",
             path,
             links,
+        )
+    if twice:
+        logger.warning(
+            "%s: %d files have the name of another one of their sample, %r first. Of those with one "
+            "name only the last is read: if they are several samples, give each a key of its own",
+            path,
+            len(twice),
+            twice[0],
         )
     offsets.append(tar.offset)
     _check_text(path, shard)
