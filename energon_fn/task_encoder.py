@@ -1,8 +1,8 @@
 """The task encoder: a class whose methods say how raw samples become training batches.
 
-This is the documented way to write a pipeline, and only a thin adapter: :func:`energon_fn.pipeline.lifts` maps
-the methods that a user has overridden to the functions of :mod:`energon_fn.stages`. A method that
-is not overridden is not called.
+This is the documented way to write a pipeline, and only a thin adapter:
+:func:`energon_fn.pipeline.lifts` maps the methods that a user has overridden to the functions of
+:mod:`energon_fn.stages`. A method that is not overridden is not called.
 """
 
 from __future__ import annotations
