@@ -138,8 +138,8 @@ def index_shard(path: str | os.PathLike[str], name: str | None = None) -> ShardI
         )
     if twice:
         logger.warning(
-            "%s: %d files have the name of another one of their sample, %r first. Only the last one "
-            "of a name is read: if they are several samples, give each a key of its own",
+            "%s: %d files have the name of another one of their sample, %r first. Only the last "
+            "one is read: if they are several samples, give each a key of its own",
             path,
             len(twice),
             twice[0],
