@@ -401,6 +401,8 @@ def check_task_encoder(encoder: Any, packing_buffer_size: int | None) -> None:
     for own in {each for base in type(encoder).__mro__ for each in vars(base)} - {*METHODS}:
         if not own.startswith("_") and (near := get_close_matches(own, METHODS, 1, 0.9)):
             logger.warning(f"{name} has {own}, which is never called: did you mean {near[0]}?")
+        elif own == "pin_memory":
+            logger.warning(f"{name} has pin_memory, which is never called: write it on its Batch")
         elif own in BUILDERS:
             logger.warning(
                 f"{name} has {own}, which is never called: the stages are fixed here. Recipes "

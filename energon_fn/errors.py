@@ -98,7 +98,7 @@ def log_exception(
     elif times == 1:
         logger.error(what, exc_info=exception)
     elif times & (times - 1) == 0:
-        logger.error(f"{what} (so for the {times}th time; those between are not told)")
+        logger.error(f"{what} (this is number {times}; those between are not told)")
 
 
 _times: Counter[object] = Counter()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from itertools import chain
@@ -21,7 +22,7 @@ import torch.distributed as distributed
 from energon_fn import checkpoint
 from energon_fn.arguments import LoaderOptions, check_names
 from energon_fn.caching import CachePool
-from energon_fn.errors import FatalSampleError, StateError, logger
+from energon_fn.errors import FatalSampleError, SkipSample, StateError, logger
 from energon_fn.lanes import WorkerConfig, in_notebook, whole
 from energon_fn.look.report import Report, make_report
 from energon_fn.look.values import counted
@@ -50,6 +51,7 @@ class Loader(Generic[T_co]):
         self._options = options
         self._runner: Local | Pool | None = None
         self._restored = 0  # how often
+        self._pins = False
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._heard = 0.0  # when what was counted was last added to the sums
         self._begin(epoch=0)
@@ -82,7 +84,8 @@ class Loader(Generic[T_co]):
             self._delivered = 0
             if not virtual:
                 self._begin(self._epoch + 1)
-        pinned, restored, epoch = torch.accelerator.is_available(), self._restored, self._epoch
+        restored, epoch = self._restored, self._epoch
+        self._pins = torch.accelerator.is_available()
         while self._delivered != length:
             waiting, asked = "waited" if self._started else "starting", perf_counter()
             delivery = self._next()
@@ -95,7 +98,7 @@ class Loader(Generic[T_co]):
                 break
             self._delivered += 1
             self._sums["batches"] += 1
-            box = [pin_memory(delivery.batch) if pinned else delivery.batch]
+            box = [delivery.batch]
             del delivery  # who waits keeps nothing, see stages
             yield box.pop()
             self._sums["used"] += perf_counter() - given
@@ -290,19 +293,26 @@ class Loader(Generic[T_co]):
             runner.start(self._epoch, self._lanes)
             self._started = True
         while self._lanes:
+            skipped = False
             try:
                 delivery = runner.receive()
                 ends = delivery.state is None and len(self._lanes) == 1
                 if ends or perf_counter() > self._heard + NEWS_EVERY:
                     self._hear()
                     self._check_failures()
+                if self._pins and delivery.state is not None:
+                    with suppress(SkipSample):  # which a batch's own way of pinning may raise
+                        skipped = True
+                        delivery = replace(delivery, batch=pin_memory(delivery.batch))
+                        skipped = False
             except BaseException:
                 self.close()  # the next iteration starts anew, behind the last batch
                 raise
             del self._lanes[delivery.lane]
             if delivery.state is not None:
                 self._lanes[delivery.lane] = delivery.state  # its next turn is after all others'
-                return delivery
+                if not skipped:
+                    return delivery
         return None
 
     def _hear(self) -> None:
@@ -332,7 +342,8 @@ class Loader(Generic[T_co]):
         )
 
     def _make_runner(self) -> Local | Pool:
-        streams, workers = self.dataset.lane_stream, self.dataset.worker_config.num_workers
+        streams, config = self.dataset.lane_stream, self.dataset.worker_config
+        workers = min(config.num_workers, len(config.rank_lanes))
         if not workers:
             return Local(streams)
         return Pool(streams, workers, self._options, self.dataset.cache_pool.close)

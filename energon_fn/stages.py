@@ -482,7 +482,10 @@ def batch(
     """
     _check("batch_size", batch_size)
     items = iter(items)
-    while len((box := [list(islice(items, batch_size))])[0]) >= (batch_size if drop_last else 1):
+    least = batch_size if drop_last else 1
+    while len(group := list(islice(items, batch_size))) >= least:
+        box = [group]
+        del group
         yield from _apply(box, collate)
 
 

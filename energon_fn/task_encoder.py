@@ -41,7 +41,11 @@ class TaskEncoder(Protocol[T_sample, T_encoded_sample, T_raw_batch, T_batch]):
 
     @property
     def current_batch_index(self) -> int:
-        """The number of the batch being made, in the order in which all ranks get them."""
+        """The number of the batch being made, in the order in which all ranks get them.
+
+        Exact in ``batch`` and ``encode_batch``. Samples that wait for others (to be packed or
+        grouped, or of a generator) are made again on a resume, for a later batch then.
+        """
         return here.batch_index
 
     def cook_crude_sample(self, sample: CrudeSample, cooker: Cooker, aux: dict[str, Any]) -> Any:

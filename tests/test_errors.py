@@ -94,7 +94,7 @@ def test_a_failure_is_told_at_length_once_and_a_bad_sample_in_a_line(
     for n in range(3, 101):
         fail(n)
     assert len(caplog.records) == 8 + len([16, 32, 64])
-    assert "pixel 64 in encode_sample of sample 0001 (so for the 64th time" in caplog.text
+    assert "pixel 64 in encode_sample of sample 0001 (this is number 64;" in caplog.text
     caplog.clear()
     for _ in range(20):
         log_exception(SampleError("cannot decode part 'jpg'"))

@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from energon_fn import (
+    Batch,
     DatasetError,
     DefaultTaskEncoder,
     FatalSampleError,
@@ -491,6 +492,64 @@ def test_batches_are_pinned_in_the_training_process(
         [1003, 1004, 1005],
     ]
     assert next(iter(loader)).__key__ == ["key"] * 3
+
+
+class Pinned(Batch):
+    """A batch that is pinned by a function of the test's."""
+
+    pin: Any = None
+
+    def pin_memory(self) -> Any:
+        return Pinned.pin(self.__key__)
+
+
+def test_a_batch_that_cannot_be_pinned_is_not_lost_and_one_may_be_skipped(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Keyed(Numbers):
+        def batch(self, samples: list[int]) -> Any:
+            return Pinned(__key__=list(map(str, samples)))
+
+    def once(keys: list[str]) -> list[str]:
+        if "3" in keys and not failed:
+            failed.append(keys)
+            raise RuntimeError("out of memory")
+        if "6" in keys:
+            raise SkipSample
+        return keys
+
+    failed: list[Any] = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(Pinned, "pin", staticmethod(once))
+    loader = val(folder, task_encoder=Keyed())
+    batches = iter(loader)
+    assert next(batches) == ["0", "1", "2"]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(batches)
+    assert list(itertools.islice(loader, 2)) == [["3", "4", "5"], ["9", "10", "11"]]
+
+
+class Broken(Exception):
+    def __init__(self, one: int, two: int):
+        super().__init__(one)
+
+
+def test_what_cannot_be_read_from_a_worker_is_told(folder: Path) -> None:
+    class Unreadable(Numbers):
+        def batch(self, samples: list[int]) -> Any:
+            return [Broken(1, 2)]
+
+    config = WorkerConfig(rank=0, world_size=1, num_workers=1)
+    with pytest.raises(TypeError, match="a batch that worker 0 sent cannot be read: TypeError"):
+        next(iter(val(folder, config, task_encoder=Unreadable())))
+
+
+def test_no_more_workers_than_lanes(folder: Path) -> None:
+    before = len(multiprocessing.active_children())
+    with val(folder, WorkerConfig(rank=0, world_size=1, num_workers=4, lanes=2)) as loader:
+        whole = list(itertools.islice(loader, 3))
+        assert len(multiprocessing.active_children()) == before + 2
+    assert whole == list(itertools.islice(val(folder), 3))
 
 
 def test_what_cannot_be_sent_from_a_worker_is_an_error_not_a_hang(folder: Path) -> None:

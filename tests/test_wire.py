@@ -36,6 +36,25 @@ def through(thing: Any) -> Any:
     return wire.loads(received)
 
 
+def test_nested_tensors_arrive() -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    assert [part.tolist() for part in through(nested).unbind()] == [[1.0] * 2, [1.0] * 3]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="this system does not tell")
+def test_pieces_that_are_in_use_keep_no_descriptor() -> None:
+    before, kept = len(os.listdir("/proc/self/fd")), []
+    here, there = socketpair()
+    with here, there:
+        lender, borrower = wire.Lender(), wire.Borrower()
+        for n in range(40):
+            lender.send(here, [wire.dumps(torch.full((50_000,), n))])
+            kept.append(wire.loads(borrower.receive(there)[0]))
+            lender.take_back(borrower.give_back())
+        assert len(os.listdir("/proc/self/fd")) == before + 2
+    assert [int(tensor[-1]) for tensor in kept] == list(range(40))
+
+
 @given(
     shape=st.lists(st.integers(0, 60), max_size=3),
     dtype=st.sampled_from(DTYPES),

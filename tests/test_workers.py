@@ -34,6 +34,7 @@ from energon_fn import (
     get_val_dataset,
     reraise_exception,
 )
+from energon_fn.processes import workers
 from energon_fn.processes.turns import Local, deliveries
 from energon_fn.processes.workers import Pool, PoolOptions
 
@@ -294,6 +295,7 @@ def test_a_worker_that_hangs_is_asked_why_and_started_again(
     assert sorted(n for batch in found for n, _ in batch) == list(range(100))
     for said in ("encode_sample", "sample 00030", "time.sleep(600)  # hangs here", "restarts left"):
         assert said in caplog.text
+    assert "pluggy" not in caplog.text  # of the stack, what is the worker's own
     assert caplog.text.count("has not got on") == 1
 
 
@@ -305,6 +307,45 @@ def test_a_worker_that_hangs_can_end_the_run_instead(folder: Path, tmp_path: Pat
     with pytest.raises(WorkerError, match="encode_sample of sample 00030"):
         list(loader)
     assert children() <= before
+
+
+class Forking(Numbers):
+    """Dies, and leaves behind a process that has all it had open, as long as there is a marker."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def encode_sample(self, sample: Any) -> tuple[int, float]:
+        if sample["json"]["n"] == 30 and self.marker.exists():
+            self.marker.unlink()
+            if os.fork() == 0:
+                time.sleep(20)
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode_sample(sample)
+
+
+def test_a_death_is_seen_though_its_connection_stays_open(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "ASK_EVERY", 0.2)
+    (tmp_path / "marker").touch()
+    dataset = val(folder, 1, Forking(tmp_path / "marker")).dataset
+    found = list(get_loader(dataset, watchdog_timeout_seconds=None))
+    assert sorted(n for batch in found for n, _ in batch) == list(range(100))
+
+
+def test_a_loader_is_its_processs_own(folder: Path) -> None:
+    batches = iter(train(folder, 1))
+    next(batches)
+    child = os.fork()
+    if not child:
+        try:
+            next(batches)
+        except WorkerError as error:
+            os._exit("of which this is a fork" in str(error))
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 class Counting(Numbers):

@@ -61,6 +61,8 @@ def _reduce_other(tensor: torch.Tensor) -> Any:
     """For what NumPy does not have (bfloat16), other orders in memory, and what pickle sees to."""
     if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.numel() == 0:
         return NotImplemented
+    if tensor.is_nested:
+        return NotImplemented
     if tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
         return NotImplemented
     lying = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
@@ -161,7 +163,7 @@ class Lender:
 
     def __init__(self) -> None:
         self.made = 0
-        self._pieces: dict[int, mmap.mmap] = {}
+        self._pieces: dict[int, Any] = {}
         self._free: set[int] = set()
 
     def send(self, to: socket, things: list[Parts]) -> None:
@@ -183,7 +185,7 @@ class Lender:
         try:
             os.ftruncate(descriptor, length)
             number, self.made = self.made, self.made + 1
-            self._pieces[number] = mmap.mmap(descriptor, length)
+            self._pieces[number] = _mapped(descriptor, length)
             _write(self._pieces[number], things)
             to.sendall(_head(things, number, length))
             send_fds(to, [b"\0"], [descriptor])
@@ -196,7 +198,7 @@ class Lender:
             if number >= 0:
                 self._free.add(number)
             else:
-                self._pieces.pop(~number).close()
+                del self._pieces[~number]
 
 
 class Borrower:
@@ -250,11 +252,16 @@ def _map(source: socket, size: int) -> Any:
     if not files:
         raise EOFError("the other side ended in the middle of a message")
     try:
-        # Mapped by torch, since Python's mmap would keep a descriptor for every piece.
-        storage: Any = torch.UntypedStorage.from_file(f"/proc/self/fd/{files[0]}", True, size)
-        return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+        return _mapped(files[0], size)
     finally:
         os.close(files[0])
+
+
+def _mapped(descriptor: int, size: int) -> Any:
+    """A piece of memory as an array of bytes, until it is let go of."""
+    # Mapped by torch, since Python's mmap would keep a descriptor for every piece.
+    storage: Any = torch.UntypedStorage.from_file(f"/proc/self/fd/{descriptor}", True, size)
+    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
 
 
 def poll(connection: socket) -> select.poll:

@@ -38,6 +38,8 @@ from energon_fn.processes.turns import Delivery, Streams, deliveries
 from energon_fn.streams import State
 
 ASKED = None  # the question what a worker is doing
+ASK_EVERY = 5.0
+"""Seconds after which a worker that sends nothing is asked, or a tenth of what a step may take."""
 LOOK_EVERY = 0.05
 """Seconds after which a worker that is stuck with a batch is seen to have others to send."""
 
@@ -84,6 +86,7 @@ class Pool:
         self._streams, self._options = streams, options
         self._workers = [_start(streams, options) for _ in range(count)]
         self._restarts = options.restarts
+        self._process = os.getpid()
         self._run = 0
         self._news: defaultdict[str, float] = defaultdict(float)
         self.close: Callable[[], Any] = weakref.finalize(
@@ -98,6 +101,7 @@ class Pool:
         it so, since a worker that dies is started again from it. What the workers were at before
         is left, and what they had made ahead is lost.
         """
+        self._check_process()
         self._run += 1
         self._epoch, self._lanes = epoch, lanes
         self._worker_of = {lane: turn % len(self._workers) for turn, lane in enumerate(lanes)}
@@ -106,10 +110,13 @@ class Pool:
 
     def receive(self) -> Delivery:
         """The next delivery. Raises what the lane's functions raised."""
+        self._check_process()
         number = self._worker_of[next(iter(self._lanes))]
         while not self._workers[number].received:
             worker = self._workers[number]
-            self._wait(number)
+            if not self._wait(number):
+                self._restart(number)
+                continue
             try:
                 head, *deliveries = worker.borrower.receive(worker.work)
                 # The answer to every message: one more may be sent, and in which memory.
@@ -124,7 +131,14 @@ class Pool:
                 worker.received.extend((sent, parts) for parts in deliveries)
         sent, parts = self._workers[number].received.popleft()
         self._news["queued"] += time.monotonic() - sent
-        delivery: Delivery | Exception = wire.loads(parts)
+        try:
+            delivery: Delivery | Exception = wire.loads(parts)
+        except Exception as error:
+            raise TypeError(
+                f"a batch that worker {number} sent cannot be read: {type(error).__name__}: "
+                f"{error}. See that what is in it unpickles (exceptions with arguments of their "
+                "own do not, say), or load with num_workers=0."
+            ) from error
         if isinstance(delivery, Exception):
             raise delivery
         return delivery
@@ -137,13 +151,29 @@ class Pool:
         news, self._news = self._news, defaultdict(float)
         return news
 
-    def _wait(self, number: int) -> None:
-        """Wait for the worker to send something; if it hangs, end it."""
-        worker, seconds, steps = self._workers[number], self._options.watchdog, -1
-        while not worker.came.poll(None if seconds is None else 1000 * seconds):
-            status = _ask(worker)
-            if status.get("steps", steps) != steps:
-                steps = status["steps"]
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise WorkerError(
+                f"this loader's workers are those of process {self._process}, of which this is a "
+                "fork: make a loader of its own here (get_loader), or iterate over this one anew"
+            )
+
+    def _wait(self, number: int) -> bool:
+        """Wait for the worker to send something, or to be dead (False); if it hangs, end it.
+
+        A death is mostly seen by its connection, unless a process that it started still has it.
+        """
+        worker, seconds, steps, since = self._workers[number], self._options.watchdog, None, 0.0
+        look = ASK_EVERY if seconds is None else min(seconds / 10, ASK_EVERY)
+        while not worker.came.poll(1000 * look):
+            if not worker.process.is_alive():
+                return bool(worker.came.poll(0))
+            if seconds is None:
+                continue
+            status, now = _ask(worker), time.monotonic()
+            if steps is None or status.get("steps", steps) != steps:
+                steps, since = status.get("steps", -1), now
+            if now - since < seconds:
                 continue
             report = (
                 f"worker {number} (process {worker.process.pid}) has not got on for {seconds} "
@@ -155,6 +185,7 @@ class Pool:
                 raise WorkerError(report)
             logger.error(report)
             worker.process.kill()
+        return True
 
     def _command(self, number: int) -> None:
         lanes = {lane: s for lane, s in self._lanes.items() if self._worker_of[lane] == number}
@@ -172,11 +203,17 @@ class Pool:
         code = process.exitcode or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         if not self._restarts:
+            context: Any = multiprocessing.get_context(self._options.context)
+            method = context.get_start_method()
+            guard = (
+                f"Workers that come by {method} import the script first, whose loop must be under "
+                "`if __name__ == '__main__':`; or give multiprocessing_context=\"fork\". "
+            )
             raise WorkerError(
                 f"worker {number} (process {process.pid}) {how} and no restarts are left. What it "
-                "printed may say why. If it ran out of memory, take fewer workers or a smaller "
-                "prefetch_factor or packing_buffer_size; max_worker_restarts sets how many deaths "
-                "are made good."
+                f"printed may say why. {'' if method == 'fork' else guard}If it ran out of memory, "
+                "take fewer workers or a smaller prefetch_factor or packing_buffer_size; "
+                "max_worker_restarts sets how many deaths are made good."
             )
         self._restarts -= 1
         logger.warning(
@@ -188,18 +225,19 @@ class Pool:
 
 
 def _start(streams: Streams, options: PoolOptions) -> Worker:
-    ours, theirs = zip(*(socketpair() for _ in range(2)), strict=True)
-    _ours.update(ours)
     make: Any = multiprocessing.get_context(options.context)
-    process: BaseProcess = make.Process(
-        target=_work,
-        args=(*theirs, streams, options.prefetch),
-        name="energon_fn worker",
-        daemon=True,
-    )
-    process.start()
-    for connection in theirs:
-        connection.close()
+    with _starting:  # one that is started meanwhile would have the other ends, too
+        ours, theirs = zip(*(socketpair() for _ in range(2)), strict=True)
+        _ours.update(ours)
+        process: BaseProcess = make.Process(
+            target=_work,
+            args=(*theirs, streams, options.prefetch),
+            name="energon_fn worker",
+            daemon=True,
+        )
+        process.start()
+        for connection in theirs:
+            connection.close()
     work, questions = ours
     return Worker(process, work, questions, wire.Borrower(), wire.poll(work), deque())
 
@@ -243,7 +281,10 @@ def _attend(questions: socket, thread: int, outbox: Outbox) -> None:
             here, item = position.here, "what cannot be told"
             with contextlib.suppress(Exception):  # a user's sample may be anything
                 item = str(here.item if here.stage == "load" else describe(here.item))
-            stack = "".join(traceback.format_stack(sys._current_frames()[thread]))
+            frames = traceback.extract_stack(sys._current_frames()[thread])
+            names = [frame.name for frame in frames]  # those of the training script come first
+            own = frames[names.index(_work.__name__) :] if _work.__name__ in names else frames
+            stack = "".join(traceback.format_list(own))
             steps = here.meters.calls
             answer = {"steps": steps, "stage": here.stage, "item": item, "stack": stack}
             wire.send(questions, answer)
@@ -251,10 +292,13 @@ def _attend(questions: socket, thread: int, outbox: Outbox) -> None:
 
 
 _ours: weakref.WeakSet[socket] = weakref.WeakSet()
+_starting = threading.Lock()
 
 
 def _close_inherited() -> None:
     # A worker that held its siblings' connections open would keep them from seeing the end.
+    global _starting
+    _starting = threading.Lock()  # held by whoever forked
     for connection in list(_ours):
         connection.close()
     # Nor are its parent's children its own, which multiprocessing would end together with it.
