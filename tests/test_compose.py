@@ -318,6 +318,17 @@ def test_pairs_that_are_none_are_shown_with_the_form(wrong: Any) -> None:
             make(wrong)
 
 
+@pytest.mark.parametrize("wrong", ["data/a", Path("data/a"), blend([("data/a", 1)]), 3])
+def test_one_dataset_is_no_list_of_them(wrong: Any, sources: dict[str, Source]) -> None:
+    for one in (wrong, next(iter(sources.values()))):
+        with pytest.raises(TypeError, match=r"concat was given .*: concat\(\[dataset, ...\]\)"):
+            concat(one)
+        with pytest.raises(TypeError, match=r"join was given .*: join\(\[dataset, ...\], joiner\)"):
+            join(one, first_of)
+    assert concat(Path(name) for name in "ab") == concat([Path("a"), Path("b")])
+    assert join({"x": "a", "y": "b"}, first_of).parts == ("a", "b")
+
+
 def test_sibling_blends_draw_independently() -> None:
     pair = [Plan((9,), shuffle=True, repeat=True, first=9 * n) for n in range(4)]
     half = (Fraction(1), Fraction(1))

@@ -2,13 +2,20 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
+import resource
+import shutil
+import signal
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from energon_fn.disk import files
+from energon_fn.disk.index import has_parts
 from energon_fn.errors import DatasetError
 
 
@@ -104,6 +111,92 @@ def test_a_replaced_file_is_noticed_when_its_size_is_asked(tmp_path: Path) -> No
     assert files.read_at(path, 0, 5) == b"newer"
 
 
+def test_a_shard_that_was_replaced_while_it_was_closed_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MAX_OPEN", 1)
+    path, other = tmp_path / "a.tar", tmp_path / "b.tar"
+    path.write_bytes(b"old")
+    other.write_bytes(b"other")
+    for _ in range(2):
+        assert (files.read_at(path, 0, 3), files.read_at(other, 0, 3)) == (b"old", b"oth")
+    files.write_atomic(path, b"newer")
+    for _ in range(2):
+        with pytest.raises(DatasetError, match=r"a\.tar changed since it was indexed.*prepare"):
+            files.read_at(path, 0, 3)
+    assert files.let_go_if_replaced(path)
+    assert not files.let_go_if_replaced(path)
+    for _ in range(2):
+        assert (files.read_at(path, 0, 3), files.read_at(other, 0, 3)) == (b"new", b"oth")
+
+
+def test_what_was_open_once_is_remembered_of_so_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_stamps", {})
+    monkeypatch.setattr(files, "_KEPT_STAMPS", 3)
+    for i in range(5):
+        (tmp_path / f"{i}.tar").write_bytes(b"0123")
+        files.read_at(tmp_path / f"{i}.tar", 0, 1)
+    assert list(files._stamps) == [str(tmp_path / f"{i}.tar") for i in (2, 3, 4)]
+
+
+def test_too_many_open_files_have_a_remedy(tmp_path: Path) -> None:
+    names = ("a.tar", "b.tgz", "index")
+    for name in names:
+        (tmp_path / name).write_bytes(gzip.compress(b"0123"))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held, told = [], []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() + 50, before[1]))
+    try:
+        with suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        for name in names:
+            with pytest.raises(DatasetError) as found:
+                (has_parts if name == "index" else files.stream_size)(tmp_path / name)
+            told.append(str(found.value))
+        os.close(held.pop())  # room for the shard, and none for what is decompressed
+        with pytest.raises(DatasetError) as found:
+            files.stream_size(tmp_path / "b.tgz")
+        told.append(str(found.value))
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    for name, message in zip((*names, "b.tgz"), told, strict=True):
+        assert re.search(rf"{name} cannot be opened: this process has as many .*ulimit -n", message)
+
+
+def test_others_read_and_fork_while_a_shard_is_decompressed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.tgz").write_bytes(gzip.compress(b"0123456789"))
+    (tmp_path / "b.tar").write_bytes(b"0123456789")
+    copy, ends = shutil.copyfileobj, list[object]()
+
+    def others() -> None:
+        ends.append(files.read_at(tmp_path / "b.tar", 1, 2))
+        child = os.fork()
+        if not child:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends one that hangs
+            signal.alarm(5)
+            monkeypatch.setattr(shutil, "copyfileobj", copy)
+            os._exit(files.read_at(tmp_path / "a.tgz", 3, 4) != b"3456")
+        ends.append(os.waitpid(child, 0)[1])
+
+    def slow(*args: Any) -> None:
+        thread = threading.Thread(target=others, daemon=True)
+        thread.start()
+        thread.join(20)
+        copy(*args)
+
+    monkeypatch.setattr(shutil, "copyfileobj", slow)
+    assert files.read_at(tmp_path / "a.tgz", 3, 4) == b"3456"
+    assert ends == [b"12", 0]
+    assert files._opening == {}
+
+
 def test_many_threads_read_while_shards_are_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +265,21 @@ def test_list_tars_follows_links_but_not_in_circles(tmp_path: Path) -> None:
     (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "set")
     assert files.list_tars(tmp_path / "set") == ["link/a.tar"]
+
+
+def test_all_links_to_one_folder_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "set" / "b").mkdir(parents=True)
+    (tmp_path / "set" / "b" / "1.tar").touch()
+    for name in ("a", "c"):
+        (tmp_path / "set" / name).symlink_to("b")
+    names = ["a/1.tar", "b/1.tar", "c/1.tar"]
+    assert files.list_tars(tmp_path / "set") == names
+    assert files.list_files(tmp_path / "set", ".nv-meta") == names
+
+
+def test_a_link_to_no_shard_is_listed_so_that_opening_it_tells(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").symlink_to("gone.tar")
+    assert files.list_tars(tmp_path) == ["a.tar"]
 
 
 def test_list_tars_of_no_folder(tmp_path: Path) -> None:

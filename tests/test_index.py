@@ -5,19 +5,29 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import sqlite3
 import subprocess
 import tarfile
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_tars import LONG, Entry, by_hand, cache, numbered, write_tar
 
 from energon_fn.disk import files, index, tars
-from energon_fn.disk.index import BLOCK, Index, cached_index, has_parts, write_index
+from energon_fn.disk.index import (
+    BLOCK,
+    Index,
+    cached_index,
+    has_parts,
+    opened,
+    write_index,
+    write_media,
+)
 from energon_fn.disk.tars import ShardIndex, idx_bytes, index_shard, index_shards
 from energon_fn.errors import DatasetError
 
@@ -174,10 +184,9 @@ def test_blocks_are_forgotten_and_read_again(
 def test_one_query_serves_a_block(dataset: tuple[Index, list[list[Entry]]]) -> None:
     reader, _ = dataset
     reader.parts(1, 0)
-    db = reader._db
-    assert db is not None
     statements: list[str] = []
-    db[1].set_trace_callback(statements.append)
+    with opened(reader.path) as db:
+        db.set_trace_callback(statements.append)
     for i in range(BLOCK):
         reader.parts(1, i)
     assert statements == []
@@ -228,11 +237,170 @@ def test_threads_read_while_others_fork(dataset: tuple[Index, list[list[Entry]]]
     assert {os.waitpid(child, 0)[1] for child in children} == {0}
 
 
+def test_sqlite_is_used_under_the_lock_that_a_fork_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: set[str] = set()
+
+    class Watched(sqlite3.Connection):
+        pass
+
+    def watch(name: str) -> Callable[..., object]:
+        def method(self: Watched, *args: Any) -> object:
+            used.add(name)
+            assert index._lock.locked(), name
+            return getattr(sqlite3.Connection, name)(self, *args)
+
+        return method
+
+    names = {"execute", "executemany", "executescript", "close"}
+    for name in names:
+        setattr(Watched, name, watch(name))
+
+    def connect(*args: Any, **options: Any) -> sqlite3.Connection:
+        assert index._lock.locked()
+        return sqlite3_connect(*args, **options, factory=Watched)
+
+    def walk(*args: Any) -> Iterator[ShardIndex]:
+        for shard in index_shards(*args):
+            assert not index._lock.locked()  # walking forks, which waits for it
+            yield shard
+
+    sqlite3_connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    monkeypatch.setattr(index, "_KEPT_OPEN", 1)
+    monkeypatch.setattr(index, "index_shards", walk)
+    root, shards = tmp_path / "set", ["0.tar", "1.tar"]
+    for name in shards:
+        write_tar(root / name, numbered(2, name[0]))
+    assert all_keys(root, shards[:1]) == [["00000", "00001"]]
+    assert all_keys(root, shards) == [["00000", "00001"], ["10000", "10001"]]
+    path = tmp_path / "i"
+    assert write_index(path, walk(root, shards)).counts == {"0.tar": 2, "1.tar": 2}
+    media = (("0.jpg", "ImageMetadata", "{}"),)
+    assert write_media(tmp_path / "m", iter([media]), [("GLOB", "*")], str(path)) == 1
+    assert has_parts(path)
+    assert used == names
+
+
+def test_a_process_forked_while_a_thread_opens_datasets_reads(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", numbered(2))
+    path, _ = cached_index(tmp_path, ["a.tar"])
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            write_tar(tmp_path / "a.tar", numbered(2))
+            cached_index(tmp_path, ["a.tar"])
+            has_parts(path)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    ends = []
+    for _ in range(100):
+        child = os.fork()
+        if not child:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends one that hangs
+            signal.alarm(5)
+            os._exit(not has_parts(path))
+        ends.append(os.waitpid(child, 0)[1])
+        if ends[-1]:
+            break
+    stop.set()
+    thread.join()
+    assert set(ends) == {0}
+
+
+def test_few_index_files_are_open_at_once_and_few_blocks_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "_KEPT_OPEN", 5)
+    monkeypatch.setattr(index, "_KEPT_BLOCKS", 7)
+    readers = []
+    for i in range(20):
+        write_tar(tmp_path / f"{i}.tar", numbered(1, f"{i}-"))
+        write_index(tmp_path / f"{i}", [index_shard(tmp_path / f"{i}.tar")])
+        readers.append(Index(str(tmp_path / f"{i}"), str(tmp_path), (f"{i}.tar",)))
+    for _ in range(2):
+        for i, reader in enumerate(readers):
+            assert reader.parts(0, 0)[0] == f"{i}-0000"
+            found = [os.readlink(f"/proc/self/fd/{fd}") for fd in _descriptors()]
+            assert sum(Path(one).parent == tmp_path and one[-4:] != ".tar" for one in found) <= 5
+            assert sum(len(one._blocks) for one in readers) <= 7
+    assert readers[3].find("3-0000") == (0, 0)
+
+
+def _descriptors() -> list[str]:
+    return [fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+
+
+def test_an_index_that_was_replaced_is_not_taken_for_the_one_that_was_opened(
+    dataset: tuple[Index, list[list[Entry]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, _ = dataset
+    assert reader.find("a0001") == (0, 1)
+    write_index(reader.path, [ShardIndex("0.tar", ["a0001"], [0, 512], [(("jpg", 0, 1),)])])
+    assert reader.find("a0001") == (0, 1)  # it is still open
+    monkeypatch.setattr(index, "_connections", {})
+    with pytest.raises(DatasetError, match=r"index\.sqlite was replaced since it was opened"):
+        reader.find("a0001")
+    assert Index(reader.path, reader.root, ("0.tar",)).find("a0001") == (0, 0)
+
+
+def test_a_cached_index_that_others_use_or_make_too_is_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(tmp_path / "set" / "a.tar", numbered(2))
+    path, _ = cached_index(tmp_path / "set", ["a.tar"])
+    reader = Index(path, str(tmp_path / "set"), ("a.tar",))
+    assert reader.find("0001") == (0, 1)
+    shutil.copy(path, tmp_path / "copy")
+    os.replace(tmp_path / "copy", path)
+    os.utime(path, (1, 1))
+    monkeypatch.setattr(index, "_connections", {})
+    assert reader.find("0001") == (0, 1)
+
+
+def test_a_damaged_index_is_read_when_it_was_made_again(tmp_path: Path) -> None:
+    write_tar(tmp_path / "set" / "a.tar", numbered(2))
+    path, counts = cached_index(tmp_path / "set", ["a.tar"])
+    index._connections.clear()
+    Path(path).write_bytes(b"garbage" * 1000)
+    with pytest.raises(DatasetError, match="remove it"):
+        cached_index(tmp_path / "set", ["a.tar"])
+    Path(path).unlink()
+    assert cached_index(tmp_path / "set", ["a.tar"]) == (path, counts)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_no_old_place_is_read_in_a_new_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    monkeypatch.setattr(files, "MAX_OPEN", 1)
+    path = str(write_tar(tmp_path / "a.tar", numbered(3 * BLOCK)))
+    write_index(tmp_path / "i", [index_shard(path)])
+    reader = Index(str(tmp_path / "i"), str(tmp_path), ("a.tar",))
+
+    def read(index: Index) -> bytes:
+        _, ((_, offset, size), *_) = index.parts(0, 5)
+        return files.read_at(path, offset, size)
+
+    assert read(reader) == b"jpg5"
+    write_tar(tmp_path / "b.tar", numbered(1))
+    files.read_at(tmp_path / "b.tar", 0, 1)  # which closes the other one
+    write_tar(tmp_path / "a.tar", [("x", b"x"), *numbered(3 * BLOCK)])
+    if again:  # somebody opens it as it is now
+        write_index(tmp_path / "i2", [index_shard(path)])
+        assert read(Index(str(tmp_path / "i2"), str(tmp_path), ("a.tar",))) == b"jpg5"
+    with pytest.raises(DatasetError, match=r"a\.tar changed since it was indexed"):
+        read(reader)
+
+
 def test_an_index_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "i").write_bytes(b"not a database, and longer than its header" * 100)
     with pytest.raises(DatasetError, match=r"/i: the index cannot be used"):
         Index(str(tmp_path / "i"), "", ()).find("a")
-    with pytest.raises(DatasetError, match="cannot be used"):
+    with pytest.raises(DatasetError, match="gone does not exist: check the path"):
         Index(str(tmp_path / "gone"), "", ()).find("a")
 
 

@@ -236,3 +236,29 @@ def test_a_join_that_misses_samples_is_told(joins: Path) -> None:
     write(joins, train="join: [{path: a}, {path: c}]\n" + JOINER)
     with pytest.raises(DatasetError, match=r"m.yaml, line 4: 4 of 6 samples of .*/a have no match"):
         prepare_metadataset(joins)
+
+
+def test_a_file_in_the_metadata_folder_is_no_metadataset(tmp_path: Path) -> None:
+    file = tmp_path / ".nv-meta" / "dataset.yaml"
+    with pytest.raises(DatasetError, match=r"dataset.yaml does not exist: check the path"):
+        outline(file)
+    file.parent.mkdir()
+    file.touch()
+    with pytest.raises(DatasetError, match=f"give the dataset's folder, {tmp_path}$"):
+        outline(str(file))
+
+
+def test_stores_for_a_part_of_a_join_are_refused(joins: Path) -> None:
+    a, b = (str(joins.parent / name) for name in "ab")
+    stores = {"images": "filesystem:///"}
+    for part in (using(a, aux=stores), subset("0%", "50%")(using(using(a), aux=stores))):
+        for parts in ([part, b], [b, part]):
+            with pytest.raises(
+                DatasetError, match=r"aux \(images\).*using\(join\(...\), aux=...\)"
+            ):
+                open_recipe(join(parts, dict, nonmatch="skip"), make=False)
+    opened = open_recipe(using(join([a, b], dict), aux=stores), make=False)
+    assert [list(aux) for aux in opened.aux] == [["images"]]
+    write(joins, train="join: [{path: a}, {path: b, aux: {images: 'filesystem://a'}}]\n" + JOINER)
+    with pytest.raises(DatasetError, match=r"m.yaml, line \d+: aux \(images\) is given to a part"):
+        open_recipe(joins, make=False)

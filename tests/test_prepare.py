@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import random
 import sqlite3
 import struct
@@ -26,6 +27,7 @@ from energon_fn.disk.prepare import (
     split_by_patterns,
     split_by_ratio,
     write_dataset_yaml,
+    write_media_metadata,
 )
 from energon_fn.errors import DatasetError
 from energon_fn.samples import SAMPLE_TYPES, OCRSample
@@ -248,6 +250,19 @@ def test_wrong_arguments(
     with pytest.raises(DatasetError, match=message):
         prepare_dataset(tmp_path, shards, **options)
     assert content(tmp_path) == before
+
+
+def test_where_nothing_can_be_written_nothing_is_begun(tmp_path: Path) -> None:
+    names = three_shards(tmp_path)
+    (tmp_path / ".nv-meta").touch()
+    for begin in (
+        lambda: prepare_dataset(tmp_path, names, split_parts_ratio=RATIO, workers=2),
+        lambda: write_media_metadata(tmp_path, "*", workers=2),
+    ):
+        with pytest.raises(DatasetError, match=r"nv-meta cannot be made.*copy or link"):
+            begin()
+    (tmp_path / ".nv-meta").unlink()
+    assert multiprocessing.active_children() == []
 
 
 def test_no_such_folder(tmp_path: Path) -> None:

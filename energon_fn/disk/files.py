@@ -1,10 +1,13 @@
-"""The one seam of file access: everything that the library reads or writes goes through here.
+"""The one seam of file access: shards, settings and folders are read and written through here.
 
 Shards are read with :func:`read_at`, at an offset and never by walking. A compressed shard
 (``.tar.gz``, ``.tgz``) has no offsets of its own, so it is decompressed once per process and all
 offsets refer to the decompressed stream.
 
-An object store would be added by teaching these functions its paths; nothing else opens a file.
+An object store would be added by teaching these functions its paths. Files of the library's own
+are opened elsewhere too: SQLite opens the indexes (:mod:`energon_fn.disk.index`), numpy the tables
+of joins (:mod:`energon_fn.disk.joined`), :mod:`energon_fn.caching` what it puts aside; and what
+:func:`replacing` names is written by whoever asked.
 """
 
 from __future__ import annotations
@@ -38,9 +41,18 @@ MAX_OPEN = 256
 MAX_UNPACKED = 512
 """Decompressed shards that one process keeps: more than others, as one takes long to make."""
 
+TOO_MANY_OPEN = (
+    "this process has as many files open as it may. Raise that number, by `ulimit -n 65536` in the "
+    "shell that starts it, or start fewer loaders in it."
+)
+"""What to tell of EMFILE."""
+
 _LIFETIME = 30 * 86400.0  # seconds after its last use that a file of the cache is kept
 _PIECE_BUFFER = 2**15  # bytes read at a time: the header of most pictures
 _BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
+_TOO_MANY = (errno.EMFILE, errno.ENFILE)
+_WITH_SAMPLES = (*TAR_SUFFIXES, ".jsonl")  # read at offsets that others keep
+_KEPT_STAMPS = 2**16
 
 
 def is_tar(name: str | os.PathLike[str]) -> bool:
@@ -138,13 +150,44 @@ def stream_size(path: str | os.PathLike[str]) -> int:
     True
     """
     path = os.fspath(path)
+    let_go_if_replaced(path)
+    return _shard(path).size
+
+
+def let_go_if_replaced(path: str | os.PathLike[str]) -> bool:
+    """Whether the file is no longer the one that was opened; then it is opened anew when next read.
+
+    Whoever asks knows to forget where things were in it. Nobody else gets to read the new file:
+    :func:`read_at` gives the bytes of the one that was opened first, or raises DatasetError.
+
+    >>> let_go_if_replaced(__file__)
+    False
+    """
+    path = os.fspath(path)
     with _explained(path):
         identity = _identity(os.stat(path))
-    if _shard(path).identity != identity:
-        with _lock:
-            _open_shards.pop(path, None)
-            _unpacked.pop(path, None)
-    return _shard(path).size
+    with _lock:
+        shard = _open_shards.get(path) or _unpacked.get(path)
+        if (shard is None or shard.identity == identity) and (
+            _stamps.get(path, identity[2:]) == identity[2:]
+        ):
+            return False
+        for known in (_open_shards, _unpacked, _stamps):
+            known.pop(path, None)
+    return True
+
+
+def too_many_open() -> bool:
+    """Whether this process can open no more files.
+
+    >>> too_many_open()
+    False
+    """
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return error.errno in _TOO_MANY
+    return False
 
 
 def append_line(path: str | os.PathLike[str], line: bytes) -> None:
@@ -173,7 +216,7 @@ def append_line(path: str | os.PathLike[str], line: bytes) -> None:
 def list_files(folder: str | os.PathLike[str], hidden: str) -> list[str]:
     """Names of all files below the folder, relative to it with ``/``, sorted folder by folder.
 
-    Links are followed; the folder called ``hidden`` is left out.
+    Links are followed, but not in circles; the folder called ``hidden`` is left out.
 
     >>> import tempfile, pathlib
     >>> with tempfile.TemporaryDirectory() as d:
@@ -185,26 +228,15 @@ def list_files(folder: str | os.PathLike[str], hidden: str) -> list[str]:
     ['a.txt', 'b/1.jpg', 'c.txt']
     """
 
-    def below(where: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
-        real = os.path.realpath(where)
-        if real in above:  # a link to a folder that it is in
-            return
-        with os.scandir(where) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-        for entry in entries:
-            if entry.is_file():
-                yield prefix + entry.name
-            elif entry.is_dir() and (prefix or entry.name != hidden):
-                yield from below(entry.path, f"{prefix}{entry.name}/", (*above, real))
-
-    with _explained(folder):
-        return [*below(os.fspath(folder), "", ())]
+    return _below(
+        folder, lambda name, entry: name != hidden and (entry.is_dir() or entry.is_file())
+    )
 
 
 def list_tars(folder: str | os.PathLike[str]) -> list[str]:
     """Names of all shards below the folder, relative to it with ``/``, sorted folder by folder.
 
-    Linked folders are followed; hidden folders and files are left out.
+    Links are followed, but not in circles; hidden folders and files are left out.
 
     >>> import tempfile, pathlib
     >>> with tempfile.TemporaryDirectory() as d:
@@ -214,21 +246,35 @@ def list_tars(folder: str | os.PathLike[str]) -> list[str]:
     ...     list_tars(d)
     ['a.tgz', 'b/1.tar']
     """
-    root = Path(folder)
-    found: list[str] = []
-    seen: set[str] = set()  # a link to a folder above itself must not be followed forever
+
+    def wanted(name: str, entry: os.DirEntry[str]) -> bool:
+        return not entry.name.startswith(".") and (entry.is_dir() or is_tar(name))
+
+    return _below(folder, wanted)
+
+
+def _below(
+    folder: str | os.PathLike[str], wanted: Callable[[str, os.DirEntry[str]], bool]
+) -> list[str]:
+    """Names of the files below the folder that are wanted, and lie in folders that are."""
+
+    def below(where: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
+        real = os.path.realpath(where)
+        if real in above:  # a link to a folder that it is in
+            return
+        with os.scandir(where) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        for entry in entries:
+            name = prefix + entry.name
+            if not wanted(name, entry):
+                continue
+            if entry.is_dir():
+                yield from below(entry.path, f"{name}/", (*above, real))
+            else:
+                yield name
+
     with _explained(folder):
-        for where, folders, names in os.walk(root, onerror=_raise, followlinks=True):
-            real = os.path.realpath(where)
-            folders[:] = [] if real in seen else [f for f in folders if not f.startswith(".")]
-            if real not in seen:
-                found += [
-                    Path(where, n).relative_to(root).as_posix()
-                    for n in names
-                    if is_tar(n) and not n.startswith(".")
-                ]
-            seen.add(real)
-    return sorted(found, key=_by_folder)
+        return [*below(os.fspath(folder), "", ())]
 
 
 def expand(pattern: str | os.PathLike[str], endings: tuple[str, ...] = TAR_SUFFIXES) -> list[str]:
@@ -420,7 +466,8 @@ class _Shard:
             if not is_packed(path):
                 self.fd = os.dup(file.fileno())
                 return
-            _make_room(8 * self.size)
+            with _lock:
+                _make_room(8 * self.size)
             try:
                 with tempfile.TemporaryFile(prefix="energon_fn_") as target:
                     with gzip.GzipFile(fileobj=file) as stream:
@@ -431,6 +478,8 @@ class _Shard:
             except _BROKEN_GZIP:
                 raise
             except OSError as error:
+                if error.errno in _TOO_MANY:
+                    raise
                 raise DatasetError(
                     f"{path} cannot be decompressed into {tempfile.gettempdir()}: {error}. Set "
                     "TMPDIR to a folder with room, or decompress the shards once with `gunzip`."
@@ -465,14 +514,22 @@ class _Shard:
 _open_shards: dict[str, _Shard] = {}
 _unpacked: dict[str, _Shard] = {}
 """Those that were compressed."""
+_stamps: dict[str, tuple[int, ...]] = {}
+"""Size and time of change of what was opened once, though it may be closed by now."""
+_opening: dict[str, threading.Lock] = {}
+"""Held by whoever opens that shard: it may have to be decompressed, which takes long."""
 _lock = threading.Lock()
+"""Held while the dicts above change. A fork waits for it."""
 
 
-# A fork waits for it. The descriptors stay good in the child: reading moves no position.
+def _forked() -> None:
+    # Descriptors stay good in the child: reading moves no position. Whoever held these is not here.
+    _opening.clear()
+    _lock.release()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
-    )
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_forked)
 
 
 def _shard(path: str) -> _Shard:
@@ -481,15 +538,36 @@ def _shard(path: str) -> _Shard:
     shard = _open_shards.get(path) or _unpacked.get(path)
     if shard is None:
         with _lock:
-            shard = _open_shards.get(path) or _unpacked.get(path)
-            if shard is None:
-                shard = _Shard(path)
-                packed = is_packed(path)
-                kept, most = (_unpacked, MAX_UNPACKED) if packed else (_open_shards, MAX_OPEN)
-                if len(kept) >= most:
-                    del kept[next(iter(kept))]
-                kept[path] = shard
+            opening = _opening.setdefault(path, threading.Lock())
+        with opening:
+            try:
+                shard = _open_shards.get(path) or _unpacked.get(path)
+                if shard is None:
+                    shard = _Shard(path)
+                    with _lock:
+                        _keep(path, shard)
+            finally:
+                with _lock:
+                    _opening.pop(path, None)
     return shard
+
+
+def _keep(path: str, shard: _Shard) -> None:
+    """Keep it open (called locked). Raises DatasetError if it is not what was open before."""
+    if path.endswith(_WITH_SAMPLES):
+        stamp = shard.identity[2:]
+        if _stamps.setdefault(path, stamp) != stamp:
+            raise DatasetError(
+                f"{path} changed since it was indexed: it was replaced or written to while it was "
+                "in use. Restore the file, or index the dataset again (`energon-fn prepare`) and "
+                "open it again."
+            )
+        while len(_stamps) > _KEPT_STAMPS:
+            del _stamps[next(iter(_stamps))]
+    kept, most = (_unpacked, MAX_UNPACKED) if is_packed(path) else (_open_shards, MAX_OPEN)
+    while len(kept) >= most:
+        del kept[next(iter(kept))]
+    kept[path] = shard
 
 
 def is_packed(path: str) -> bool:
@@ -502,10 +580,6 @@ def _make_room(size: int) -> None:
         if shutil.disk_usage(tempfile.gettempdir()).free > size:
             return
         del _unpacked[name]
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def _by_folder(name: str) -> list[str]:
@@ -544,6 +618,8 @@ def _explained(path: str | os.PathLike[str]) -> Iterator[None]:
             f"{os.fspath(path)} is not whole gzip data: {error}. Copy or write the file again."
         ) from error
     except OSError as error:
+        if error.errno in _TOO_MANY:
+            raise DatasetError(f"{os.fspath(path)} cannot be opened: {TOO_MANY_OPEN}") from error
         raise DatasetError(
             f"{error.filename or os.fspath(path)} cannot be used: {error.strerror or error}. Check "
             "its permissions and the disk that it is on."

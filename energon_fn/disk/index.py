@@ -46,8 +46,9 @@ import tarfile
 import threading
 from array import array
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ Entry = tuple[str, tuple[Part, ...]]
 """A sample's key and its parts, in the order of the tar."""
 
 BLOCK = 128  # samples that one query fetches
-_KEPT_BLOCKS = 1024  # about 16 MB if samples have two parts
+_KEPT_BLOCKS = 1024  # of all indexes in a process: about 16 MB if samples have two parts
+_KEPT_OPEN = 64  # index files that one process keeps open, whatever their number
 
 _SCHEMA = """
 CREATE TABLE samples (tar_file_id INTEGER NOT NULL, sample_key TEXT NOT NULL{unique},
@@ -86,7 +88,7 @@ CREATE TABLE media_filters (filter_id INTEGER PRIMARY KEY AUTOINCREMENT, strateg
     patterns TEXT, created_at_utc TEXT DEFAULT CURRENT_TIMESTAMP, UNIQUE(strategy, patterns));
 """
 # Only in the cache: keys may occur twice, and a shard that did not change is not walked again.
-_CACHE_VERSION = 1
+_CACHE_ENDING = ".1.sqlite"  # with the version of its format
 _CACHE_SCHEMA = """
 CREATE TABLE shards (tar_file_id INTEGER PRIMARY KEY, name TEXT NOT NULL, size INTEGER NOT NULL,
     mtime_ns INTEGER NOT NULL, sample_count INTEGER NOT NULL);
@@ -140,15 +142,19 @@ def write_index(
     part_names: dict[str, None] = {}
     duplicates: list[tuple[str, str]] = []
     with suppress(_NotWritten), files.replacing(path) as temporary, _explained(str(path)):
-        with closing(_writable(temporary, _SCHEMA.format(unique=" UNIQUE"))) as db:
+        with _writing(temporary, _SCHEMA.format(unique=" UNIQUE")) as db:
             if media_filters:
-                _add_media_tables(db, media_filters)
+                with _lock:
+                    _add_media_tables(db, media_filters)
             for tar_file_id, shard in enumerate(shards):
-                duplicates += [(key, shard.name) for key in _insert(db, tar_file_id, shard)]
+                with _lock:
+                    taken = _insert(db, tar_file_id, shard)
+                duplicates += [(key, shard.name) for key in taken]
                 part_names.update((part[0], None) for sample in shard.parts for part in sample)
                 counts[shard.name] = len(shard)
             if not duplicates:
-                db.executescript(_INDICES)
+                with _lock:
+                    db.executescript(_INDICES)
         if duplicates:
             raise _NotWritten
     return IndexSummary(counts, tuple(part_names), tuple(duplicates))
@@ -171,13 +177,16 @@ def write_media(
     with files.replacing(path) as temporary, _explained(str(path)):
         if index is not None:
             shutil.copyfile(index, temporary)
-        with closing(_writable(temporary, "")) as db:
-            _add_media_tables(db, media_filters)
-            db.execute("BEGIN")
+        with _writing(temporary, "") as db:
+            with _lock:
+                _add_media_tables(db, media_filters)
+                db.execute("BEGIN")
             for some in entries:
-                _insert_media(db, some)
-            db.execute("COMMIT")
-            count: int = db.execute("SELECT COUNT(*) FROM media_metadata").fetchone()[0]
+                with _lock:
+                    _insert_media(db, some)
+            with _lock:
+                db.execute("COMMIT")
+                count: int = db.execute("SELECT COUNT(*) FROM media_metadata").fetchone()[0]
     return count
 
 
@@ -191,12 +200,23 @@ def _insert_media(db: sqlite3.Connection, entries: Sequence[Media]) -> None:
     db.executemany("INSERT OR REPLACE INTO media_metadata VALUES (?, ?, ?)", entries)
 
 
-def _writable(path: str, schema: str) -> sqlite3.Connection:
-    # A temporary file of our own: no journal, no flushing, and no locks, which network disks lack.
-    db = sqlite3.connect(f"file:{quote(path)}?nolock=1", uri=True, isolation_level=None)
-    db.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-65536;")
-    db.executescript(schema)
-    return db
+@contextmanager
+def _writing(path: str, schema: str) -> Iterator[sqlite3.Connection]:
+    """A new database. Whoever writes holds the lock, but not while shards are walked: that forks.
+
+    It is a temporary file of our own: no journal, no flushing, and no locks, which network disks
+    lack.
+    """
+    with _lock:
+        db = sqlite3.connect(f"file:{quote(path)}?nolock=1", uri=True, isolation_level=None)
+    try:
+        with _lock:
+            db.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;")
+            db.executescript(f"PRAGMA cache_size=-65536; {schema}")
+        yield db
+    finally:
+        with _lock:
+            db.close()
 
 
 def _insert(db: sqlite3.Connection, tar_file_id: int, shard: ShardIndex) -> list[str]:
@@ -245,8 +265,8 @@ def cached_index(
         with _explained(os.path.dirname(temporary)):
             _fill_cache(temporary, others[-1:], real, stamps, workers)
 
-    path = str(files.kept(real, stamps, f".{_CACHE_VERSION}.sqlite", make))
-    with _explained(path), closing(_open_read_only(path)) as db:
+    path = str(files.kept(real, stamps, _CACHE_ENDING, make))
+    with opened(path) as db:
         query = "SELECT name, sample_count FROM shards ORDER BY tar_file_id"
         return path, dict(db.execute(query).fetchall())
 
@@ -256,12 +276,13 @@ def _fill_cache(
 ) -> None:
     """Make a cached index from what an old one has of the same shards and from walking the rest."""
     schema = _SCHEMA.format(unique="") + _CACHE_SCHEMA
-    with closing(_writable(path, schema)) as db:
+    with _writing(path, schema) as db:
         kept: dict[tuple[str, int, int], tuple[int, int]] = {}
         for other in old:
-            db.execute("ATTACH ? AS old", (_read_only_uri(str(other)),))
             query = "SELECT name, size, mtime_ns, tar_file_id, sample_count FROM old.shards"
-            kept = {row[:3]: row[3:] for row in db.execute(query)}
+            with _lock:
+                db.execute("ATTACH ? AS old", (_read_only_uri(str(other)),))
+                kept = {row[:3]: row[3:] for row in db.execute(query)}
         todo = [stamp[0] for stamp in stamps if stamp not in kept]
         walked = iter(
             tqdm(
@@ -273,25 +294,20 @@ def _fill_cache(
             )
         )
         for tar_file_id, stamp in enumerate(stamps):
-            if stamp in kept:
-                old_id, count = kept[stamp]
-                for table in ("samples", "sample_parts"):
-                    columns = ", ".join(_COLUMNS[table])
-                    db.execute(
-                        f"INSERT INTO {table} SELECT ?, {columns} FROM old.{table} "
-                        "WHERE tar_file_id = ?",
-                        (tar_file_id, old_id),
-                    )
-            else:
-                shard = next(walked)
-                count = len(shard)
-                _insert(db, tar_file_id, shard)
-            db.execute(f"INSERT INTO shards VALUES ({_FIVE})", (tar_file_id, *stamp, count))
+            shard = None if stamp in kept else next(walked)
+            with _lock:
+                if shard is None:
+                    old_id, count = kept[stamp]
+                    _copy(db, old_id, tar_file_id)
+                else:
+                    count = len(shard)
+                    _insert(db, tar_file_id, shard)
+                db.execute(f"INSERT INTO shards VALUES ({_FIVE})", (tar_file_id, *stamp, count))
         list(walked)  # ends the progress bar
-        db.executescript(_INDICES + _CACHE_INDICES)
-        twice = db.execute(
-            "SELECT sample_key FROM samples GROUP BY sample_key HAVING COUNT(*) > 1 LIMIT 1"
-        ).fetchone()
+        query = "SELECT sample_key FROM samples GROUP BY sample_key HAVING COUNT(*) > 1 LIMIT 1"
+        with _lock:
+            db.executescript(_INDICES + _CACHE_INDICES)
+            twice = db.execute(query).fetchone()
         if twice is not None:
             logger.warning(
                 "%s: the key %r occurs more than once. Samples are read by position, so all are "
@@ -299,6 +315,14 @@ def _fill_cache(
                 root,
                 twice[0],
             )
+
+
+def _copy(db: sqlite3.Connection, old_id: int, tar_file_id: int) -> None:
+    """Add a shard as the attached old index has it."""
+    for table in ("samples", "sample_parts"):
+        columns = ", ".join(_COLUMNS[table])
+        query = f"INSERT INTO {table} SELECT ?, {columns} FROM old.{table} WHERE tar_file_id = ?"
+        db.execute(query, (tar_file_id, old_id))
 
 
 # ------------------------------------------------------------------------------ reading the index
@@ -312,7 +336,7 @@ def has_parts(path: str | os.PathLike[str]) -> bool:
     """
     if not os.path.exists(path):
         return False
-    with _explained(os.fspath(path)), closing(_open_read_only(os.fspath(path))) as db:
+    with opened(os.fspath(path)) as db:
         names = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
     return {"samples", "sample_parts", "idx_samples_by_tar_and_idx"} <= names
 
@@ -348,8 +372,8 @@ class Index:
     """Random access to an index file: where the parts of a sample lie, and which sample has a key.
 
     ``shards`` are the dataset's shards in the order of their ``tar_file_id``, relative to ``root``.
-    The file is opened when it is first needed, once in every process, and read in blocks of 128
-    samples. When a block is first read, the shard is checked to be still the one that was indexed.
+    The file is opened when it is needed, and read in blocks of 128 samples. When a block is first
+    read, the shard is checked to be still the one that was indexed.
 
     Pickles as its arguments. May be used from several threads, and after a fork.
     """
@@ -359,7 +383,7 @@ class Index:
     ) -> None:
         self.path, self.root, self.shards, self.remedy = path, root, shards, remedy
         self._blocks: dict[tuple[int, int], _Block] = {}
-        self._db: tuple[int, sqlite3.Connection] | None = None
+        self._stamp: tuple[int, int] | None = None  # of the file when it was first opened
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Index, (self.path, self.root, self.shards, self.remedy)
@@ -419,9 +443,9 @@ class Index:
             heads = [(samples[i][1], block.entry(i)) for i in {0, len(samples) - 1}]
             self._check(shard, heads, end[0])
         with _lock:
-            while len(self._blocks) >= _KEPT_BLOCKS:
-                del self._blocks[next(iter(self._blocks))]
             self._blocks[shard, number] = block
+            _kept_blocks.append((self._blocks, (shard, number)))
+            _forget_blocks(_KEPT_BLOCKS)
         return block
 
     def _check(self, shard: int, samples: list[tuple[int, Entry]], end: int) -> None:
@@ -430,6 +454,9 @@ class Index:
         Each sample comes with the offset of its first header.
         """
         path = os.path.join(self.root, self.shards[shard])
+        if files.let_go_if_replaced(path):
+            with _lock:
+                _forget_blocks(0)  # they say where things were in the one before
         size = files.stream_size(path)
         fits = size >= end and not any(files.read_at(path, end, min(TAR_BLOCK, size - end)))
         for at, (key, parts) in samples:
@@ -443,39 +470,67 @@ class Index:
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        with _lock, _explained(self.path):
-            if self._db is None or self._db[0] != os.getpid():  # it must not cross a fork
-                self._db = os.getpid(), _open_read_only(self.path)
-            yield self._db[1]
+        if self._stamp is None:
+            self._stamp = _stamp(self.path)
+        with opened(self.path, self._stamp) as db:
+            yield db
 
 
 @contextmanager
-def opened(path: str) -> Iterator[sqlite3.Connection]:
-    """The database to ask one thing of: opened once in every process, anew if it was replaced.
+def opened(path: str, stamp: tuple[int, int] | None = None) -> Iterator[sqlite3.Connection]:
+    """The database to ask something of; nobody else uses it, or any other, meanwhile.
 
-    Nobody else uses it meanwhile.
+    It stays open for the next time, until :data:`_KEPT_OPEN` others were used since.
+    stamp: size and time of change that it had when it was first opened; else it is the file that is
+    there now. Raises :class:`DatasetError` if that one must be opened again and is not there.
     """
-    here = os.getpid(), path  # it must not cross a fork
-    stamp = files.size_mtime(path)
+    now = stamp or _stamp(path)
     with _lock, _explained(path):
-        found, db = _connections.get(here, (None, None))
-        if db is None or found != stamp:
-            if db is not None:
-                db.close()
-            db = _open_read_only(path)
-            _connections[here] = stamp, db
-        yield db
+        db = _connections.pop((path, now), None)
+        if db is None:
+            if stamp is not None and _stamp(path) != stamp:
+                raise DatasetError(
+                    f"{path} was replaced since it was opened: the dataset was prepared again. "
+                    "Open it again."
+                )
+            while len(_connections) >= _KEPT_OPEN:
+                _connections.pop(next(iter(_connections))).close()
+            db = sqlite3.connect(_read_only_uri(path), uri=True, check_same_thread=False)
+        try:
+            yield db
+        except BaseException:
+            db.close()
+            raise
+        _connections[path, now] = db  # the last one: that used longest ago goes first
 
 
-_connections: dict[tuple[int, str], tuple[tuple[int, int], sqlite3.Connection]] = {}
+def _stamp(path: str) -> tuple[int, int]:
+    # In the cache a name stands for one content, and the time says when it was last used.
+    return (0, 0) if path.endswith(_CACHE_ENDING) else files.size_mtime(path)
+
+
+_connections: dict[tuple[str, tuple[int, int]], sqlite3.Connection] = {}
+_kept_blocks: deque[tuple[dict[tuple[int, int], _Block], tuple[int, int]]] = deque()
+"""In which dict, and where in it: the blocks of all indexes, the oldest first."""
 _lock = threading.Lock()
 """Held by whoever is inside of SQLite. A fork waits for it: SQLite has locks of its own, and a
 child in which a thread that is gone holds one would hang."""
 
+
+def _forget_blocks(most: int) -> None:
+    """Let go of the oldest blocks but this many (called locked)."""
+    while len(_kept_blocks) > most:
+        blocks, where = _kept_blocks.popleft()
+        blocks.pop(where, None)
+
+
+def _forked() -> None:
+    _connections.clear()  # they must not cross a fork
+    _lock.release()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
-    )
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_forked)
 
 
 def _is_at(path: str, header: int, name: str, offset: int, size: int) -> bool:
@@ -494,15 +549,13 @@ def _read_only_uri(path: str) -> str:
     return f"file:{quote(os.path.abspath(path))}?mode=ro&immutable=1"
 
 
-def _open_read_only(path: str) -> sqlite3.Connection:
-    return sqlite3.connect(_read_only_uri(path), uri=True, check_same_thread=False)
-
-
 @contextmanager
 def _explained(path: str) -> Iterator[None]:
     try:
         yield
     except sqlite3.DatabaseError as error:
+        if files.too_many_open():
+            raise DatasetError(f"{path} cannot be opened: {files.TOO_MANY_OPEN}") from error
         raise DatasetError(
             f"{path}: the index cannot be used: {error}. If the disk is not full, remove it, or "
             "prepare the dataset again (`energon-fn prepare`)."

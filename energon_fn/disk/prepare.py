@@ -148,8 +148,8 @@ def prepare_dataset(
 
     def write() -> set[str]:
         walk = partial(media.index_shard_with_media, filters) if filters else None
-        indexed = index_shards(root, names, _pool_size(workers), walk)
-        with _folder(root / META_FOLDER):
+        with _folder(root / META_FOLDER):  # first: if that is not allowed, nothing is to be begun
+            indexed = index_shards(root, names, _pool_size(workers), walk)
             return _write(root, progress(indexed, len(names)), split, filters)
 
     try:
@@ -207,31 +207,31 @@ def write_media_metadata(
     database = meta_file(root, INDEX_SQLITE)
     found: Iterable[Sequence[Media]]
     prepared = is_prepared(root)
-    if prepared:
-        if not has_parts(database):
-            raise DatasetError(
-                f"{database} does not say where the files lie: an older release made it. Prepare "
-                f"the dataset again: `energon-fn prepare {root}`."
-            )
-        counts = read_info(root)
-        index = Index(str(database), str(root), tuple(counts))
-        shards = [(index, i, count, filters) for i, count in enumerate(counts.values())]
-        length = len(shards)
-        found = in_order(media.media_of_shard, shards, _pool_size(workers))
-    else:
-        names = [name for name in files.list_files(root, META_FOLDER)
-                 if media.is_wanted(name, media_filter)]  # fmt: skip
-        if not names:
-            raise DatasetError(
-                f"{root} has no media files: none below it is wanted by {media_filter!r}."
-            )
-        length = len(names)
-        some = [(str(root), names[i : i + _FILES], filters) for i in range(0, length, _FILES)]
-        results = in_order(media.media_of_files, some, _pool_size(workers))
-        found = ([one] if one else [] for result in results for one in result)
-    if progress_fn is not None:
-        found = progress_fn(found, length)
-    with _folder(root / META_FOLDER):
+    with _folder(root / META_FOLDER):  # first: if that is not allowed, nothing is to be begun
+        if prepared:
+            if not has_parts(database):
+                raise DatasetError(
+                    f"{database} does not say where the files lie: an older release made it. "
+                    f"Prepare the dataset again: `energon-fn prepare {root}`."
+                )
+            counts = read_info(root)
+            index = Index(str(database), str(root), tuple(counts))
+            shards = [(index, i, count, filters) for i, count in enumerate(counts.values())]
+            length = len(shards)
+            found = in_order(media.media_of_shard, shards, _pool_size(workers))
+        else:
+            names = [name for name in files.list_files(root, META_FOLDER)
+                     if media.is_wanted(name, media_filter)]  # fmt: skip
+            if not names:
+                raise DatasetError(
+                    f"{root} has no media files: none below it is wanted by {media_filter!r}."
+                )
+            length = len(names)
+            some = [(str(root), names[i : i + _FILES], filters) for i in range(0, length, _FILES)]
+            results = in_order(media.media_of_files, some, _pool_size(workers))
+            found = ([one] if one else [] for result in results for one in result)
+        if progress_fn is not None:
+            found = progress_fn(found, length)
         rows = media.filter_rows(filters)
         return write_media(database, found, rows, str(database) if prepared else None)
 

@@ -188,7 +188,7 @@ def concat(parts: Iterable[Recipe]) -> Concat:
     >>> concat(["data/a", "data/b"])
     Concat(parts=('data/a', 'data/b'))
     """
-    return Concat(_some("concat", tuple(parts)))
+    return Concat(_some("concat", _listed("concat", parts)))
 
 
 def join(
@@ -210,7 +210,7 @@ def join(
     ('error', 'skip')
     """
     names = tuple(parts) if isinstance(parts, Mapping) else None
-    members = tuple(parts.values()) if isinstance(parts, Mapping) else tuple(parts)
+    members = _listed("join", parts.values() if isinstance(parts, Mapping) else parts)
     places = names or range(len(members))
     modes: list[NonMatch] = [
         nonmatch if isinstance(nonmatch, str) else nonmatch.get(place, "error") for place in places
@@ -287,6 +287,16 @@ def _pairs(name: str, amount: str, parts: Any) -> tuple[tuple[Any, Any], ...]:
                 " ...])"
             )
     return tuple((part, number) for part, number in pairs)
+
+
+def _listed(name: str, parts: Any) -> tuple[Any, ...]:
+    """The datasets of a list. Raises TypeError for a single one."""
+    if isinstance(parts, str) or hasattr(parts, "load") or not isinstance(parts, Iterable):
+        raise TypeError(
+            f"{name} was given {parts!r}; it takes a list of datasets: {name}([dataset, ...]"
+            + (", joiner)" if name == "join" else ")")
+        )
+    return tuple(parts)
 
 
 def _some(name: str, parts: Any) -> Any:

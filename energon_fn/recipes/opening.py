@@ -164,6 +164,14 @@ def _samples(node: Node, parts: Sequence[Samples], trust: bool, make: bool) -> S
 
 def _single(part: Node, trust: bool, make: bool) -> Samples:
     """A part of a join; what is said of the join is said of its parts."""
+    for node in part:
+        if aux := {name: None for one in node.own if isinstance(one, Using) for name in one.aux}:
+            with _told(node.said):
+                raise DatasetError(
+                    f"aux ({', '.join(aux)}) is given to a part of a join: cookers get what is "
+                    "joined, and the stores that are given to the join. Give it to that: "
+                    "using(join(...), aux=...), or `aux` beside `join` in a metadataset"
+                )
     opened = _open(part, trust, make)
     with _told(part.said):
         if len(opened.sources) != 1:

@@ -73,7 +73,11 @@ def outline(recipe: Recipe, split_part: str = "train") -> Node:
                     return node(found, said, own, (*files, path), chain)
                 if path.endswith((".yaml", ".yml")):
                     at = f"{said.where}: " if said.where else ""
-                    raise DatasetError(f"{at}{path} does not exist: check the path")
+                    problem = f"{path} does not exist: check the path"
+                    if os.path.isfile(path):  # in .nv-meta
+                        folder = os.path.dirname(os.path.dirname(os.path.abspath(path)))
+                        problem = f"{path} is no metadataset: give the dataset's folder, {folder}"
+                    raise DatasetError(at + problem)
             case _ if not hasattr(recipe, "load"):
                 raise TypeError(
                     f"path is {recipe!r}; it must be one string or pathlib.Path: a folder, a file, "
