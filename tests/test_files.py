@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from energon_fn.disk import files
+from energon_fn.disk import files, index
 from energon_fn.disk.index import has_parts
 from energon_fn.errors import DatasetError
 
@@ -141,7 +141,8 @@ def test_what_was_open_once_is_remembered_of_so_many(
     assert list(files._stamps) == [str(tmp_path / f"{i}.tar") for i in (2, 3, 4)]
 
 
-def test_too_many_open_files_have_a_remedy(tmp_path: Path) -> None:
+def test_too_many_open_files_have_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "_connections", {})  # or else one that is open would be closed
     names = ("a.tar", "b.tgz", "index")
     for name in names:
         (tmp_path / name).write_bytes(gzip.compress(b"0123"))
