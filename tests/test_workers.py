@@ -14,9 +14,11 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from socket import socketpair
 from typing import Any
 
 import pytest
@@ -318,9 +320,11 @@ class Forking(Numbers):
     def encode_sample(self, sample: Any) -> tuple[int, float]:
         if sample["json"]["n"] == 30 and self.marker.exists():
             self.marker.unlink()
-            if os.fork() == 0:
+            child = os.fork()
+            if not child:
                 time.sleep(20)
                 os._exit(0)
+            self.marker.with_name("child").write_text(str(child))
             os.kill(os.getpid(), signal.SIGKILL)
         return super().encode_sample(sample)
 
@@ -333,6 +337,9 @@ def test_a_death_is_seen_though_its_connection_stays_open(
     dataset = val(folder, 1, Forking(tmp_path / "marker")).dataset
     found = list(get_loader(dataset, watchdog_timeout_seconds=None))
     assert sorted(n for batch in found for n, _ in batch) == list(range(100))
+    child = int((tmp_path / "child").read_text())
+    assert alive(child)  # or else the connection was closed after all
+    os.kill(child, signal.SIGKILL)
 
 
 def test_a_loader_is_its_processs_own(folder: Path) -> None:
@@ -343,9 +350,40 @@ def test_a_loader_is_its_processs_own(folder: Path) -> None:
         try:
             next(batches)
         except WorkerError as error:
-            os._exit("of which this is a fork" in str(error))
-        os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+            os._exit(7 if "of which this is a fork" in str(error) else 2)
+        finally:  # whatever else is raised: the tests shall not go on in here
+            os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def sockets(process: int) -> set[str]:
+    found = set()
+    for file in os.listdir(f"/proc/{process}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one that lists them
+            found.add(os.readlink(f"/proc/{process}/fd/{file}"))
+    return {name for name in found if name.startswith("socket:")}
+
+
+def test_workers_started_at_once_do_not_share_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly() -> Any:
+        pair = socketpair()
+        time.sleep(0.1)
+        return pair
+
+    monkeypatch.setattr(workers, "socketpair", slowly)
+    own = sockets(os.getpid())
+    with ThreadPoolExecutor(2) as threads:
+        options = PoolOptions(context="fork")
+        pools = list(threads.map(lambda _: Pool(Lanes(1), 1, options), range(2)))
+    for pool in pools:  # they have closed what they inherited when they deliver
+        pool.start(0, {0: None})
+        pool.receive()
+    first, second = (sockets(pool._workers[0].process.pid or 0) - own for pool in pools)
+    for pool in pools:
+        pool.close()
+    assert len(first) >= 2
+    assert len(second) >= 2
+    assert not first & second
 
 
 class Counting(Numbers):
